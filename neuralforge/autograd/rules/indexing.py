@@ -1,0 +1,129 @@
+"""Gathering and scattering by index."""
+
+from __future__ import annotations
+
+import torch
+
+from .table import Derivative, aten, linear, rule
+
+
+@rule("embedding")
+def embedding(y, weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    rows = weight.shape[0]
+    return Derivative(
+        lambda g: aten.embedding_dense_backward(g, index, rows, padding_idx, scale_grad_by_freq),
+        lambda t: aten.embedding(t, index),
+    )
+
+
+@rule("embedding_dense_backward")
+def embedding_dense_backward(y, g, index, rows, padding_idx, scale_grad_by_freq):
+    if scale_grad_by_freq:
+        return None
+    keep = lambda h: h if padding_idx < 0 else h * (index != padding_idx).unsqueeze(-1).to(h.dtype)
+    return linear(lambda h: keep(aten.embedding(h, index)))
+
+
+@rule("gather")
+def gather(y, x, dim, index, *, sparse_grad=False):
+    shape = x.shape
+    return linear(lambda g: g.new_zeros(shape).scatter_add(dim, index, g))
+
+
+@rule("index_select")
+def index_select(y, x, dim, index):
+    shape = x.shape
+    if not shape:
+        return linear(lambda g: g.sum())
+    return linear(lambda g: g.new_zeros(shape).index_add(dim, index, g))
+
+
+@rule("index.Tensor", "_unsafe_index.Tensor")
+def index(y, x, indices):
+    shape = x.shape
+    return linear(lambda g: aten.index_put(g.new_zeros(shape), indices, g, True))
+
+
+@rule("index_put", "_unsafe_index_put")
+def index_put(y, x, indices, values, accumulate=False):
+    clear = lambda g: g if accumulate else aten.index_put(g, indices, g.new_zeros(()))
+    return (
+        Derivative(clear, clear),
+        None,
+        Derivative(
+            lambda g: aten.index.Tensor(g, indices),
+            lambda t: aten.index_put(torch.zeros_like(y), indices, t, accumulate),
+        ),
+    )
+
+
+@rule("scatter_add")
+def scatter_add(y, x, dim, index, src):
+    shape = src.shape
+    return (
+        Derivative(lambda g: g, lambda t: t),
+        None,
+        None,
+        Derivative(
+            lambda g: _fill_to(g.gather(dim, index), shape), lambda t: torch.zeros_like(y).scatter_add(dim, index, t)
+        ),
+    )
+
+
+def _fill_to(g, shape):
+    """Zeros where `src` was larger than the index and so was not read."""
+    if g.shape == shape:
+        return g
+    pad = [p for n, m in zip(reversed(shape), reversed(g.shape)) for p in (0, n - m)]
+    return aten.constant_pad_nd(g, pad, 0)
+
+
+@rule("scatter.src", "scatter.value")
+def scatter(y, x, dim, index, src):
+    clear = lambda g: aten.scatter.value(g, dim, index, 0)
+    rest = Derivative(clear, clear)
+    if not isinstance(src, torch.Tensor):
+        return rest, None, None, None
+    shape = src.shape
+    return (
+        rest,
+        None,
+        None,
+        Derivative(
+            lambda g: _fill_to(g.gather(dim, index), shape), lambda t: torch.zeros_like(y).scatter(dim, index, t)
+        ),
+    )
+
+
+@rule("index_add")
+def index_add(y, x, dim, index, src, *, alpha=1):
+    return (
+        Derivative(lambda g: g, lambda t: t),
+        None,
+        None,
+        Derivative(
+            lambda g: g.index_select(dim, index) * alpha,
+            lambda t: torch.zeros_like(y).index_add(dim, index, t, alpha=alpha),
+        ),
+    )
+
+
+@rule("sort", "sort.stable")
+def sort(out, x, *args, **kwargs):
+    shape, order = x.shape, out[1]
+    dim = kwargs.get("dim", next((a for a in args if type(a) is int), -1))
+    if not shape:
+        return Derivative(lambda gs: gs[0], lambda t: (t, None))
+    return Derivative(
+        lambda gs: gs[0].new_zeros(shape).scatter(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
+    )
+
+
+@rule("topk")
+def topk(out, x, k, dim=-1, largest=True, sorted=True):
+    shape, order = x.shape, out[1]
+    if not shape:
+        return Derivative(lambda gs: gs[0], lambda t: (t, None))
+    return Derivative(
+        lambda gs: gs[0].new_zeros(shape).scatter(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
+    )

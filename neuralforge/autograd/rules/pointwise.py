@@ -1,0 +1,274 @@
+"""Operators that act element by element."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .table import Derivative, aten, conj, diagonal, linear, nondifferentiable, rule
+
+# ---- arithmetic
+
+
+@rule("add")
+def add(y, a, b, *, alpha=1):
+    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, alpha), lambda t: _scale(t, alpha))
+
+
+@rule("sub")
+def sub(y, a, b, *, alpha=1):
+    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -alpha))
+
+
+@rule("rsub")
+def rsub(y, a, b, alpha=1):
+    return Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -alpha)), Derivative(lambda g: g, lambda t: t)
+
+
+def _scale(x, factor):
+    return x if factor == 1 else -x if factor == -1 else x * conj(factor)
+
+
+@rule("mul")
+def mul(y, a, b):
+    return diagonal(lambda: b), diagonal(lambda: a)
+
+
+@rule("div")
+def div(y, a, b, *, rounding_mode=None):
+    if rounding_mode is not None:
+        return None
+    return Derivative(lambda g: g / conj(b), lambda t: t / b), diagonal(lambda: -y / b)
+
+
+@rule("neg")
+def neg(y, x):
+    return linear(lambda g: -g)
+
+
+@rule("reciprocal")
+def reciprocal(y, x):
+    return diagonal(lambda: -y * y)
+
+
+@rule("square")
+def square(y, x):
+    return diagonal(lambda: 2 * x)
+
+
+@rule("sqrt")
+def sqrt(y, x):
+    return Derivative(lambda g: g / conj(2 * y), lambda t: t / (2 * y))
+
+
+@rule("rsqrt")
+def rsqrt(y, x):
+    return diagonal(lambda: -0.5 * y * y * y)
+
+
+@rule("pow.Tensor_Scalar")
+def pow_scalar(y, x, n):
+    return diagonal(lambda: 0.0 if n == 0 else n * x if n == 2 else n * x ** (n - 1))
+
+
+@rule("pow.Tensor_Tensor")
+def pow_tensor(y, x, n):
+    # 0 ** 0 = 1 is flat in x; x ** 0 and 0 ** n (n > 0) are flat in n at x = 0.
+    return (
+        diagonal(lambda: torch.where(n == 0, 0, n * x ** torch.where(n == 0, 1, n - 1))),
+        diagonal(lambda: torch.where((x == 0) & _nonnegative(n), 0, y * torch.log(torch.where(x == 0, 1, x)))),
+    )
+
+
+@rule("pow.Scalar")
+def pow_base(y, x, n):
+    if x == 0:
+        return None, diagonal(lambda: torch.where(_nonnegative(n), 0, y * -math.inf))
+    log = torch.log(torch.tensor(x, dtype=y.dtype, device=y.device))
+    return None, diagonal(lambda: y * log)
+
+
+def _nonnegative(n):
+    return torch.real(n) >= 0 if n.is_complex() else n >= 0
+
+
+# ---- exponentials, logarithms, trigonometry
+
+
+@rule("exp")
+def exp(y, x):
+    return diagonal(lambda: y)
+
+
+@rule("exp2")
+def exp2(y, x):
+    return diagonal(lambda: y * math.log(2))
+
+
+@rule("expm1")
+def expm1(y, x):
+    return diagonal(lambda: y + 1)
+
+
+@rule("log")
+def log(y, x):
+    return Derivative(lambda g: g / conj(x), lambda t: t / x)
+
+
+@rule("log2")
+def log2(y, x):
+    return diagonal(lambda: 1 / (x * math.log(2)))
+
+
+@rule("log10")
+def log10(y, x):
+    return diagonal(lambda: 1 / (x * math.log(10)))
+
+
+@rule("log1p")
+def log1p(y, x):
+    return diagonal(lambda: 1 / (x + 1))
+
+
+@rule("sin")
+def sin(y, x):
+    return diagonal(lambda: x.cos())
+
+
+@rule("cos")
+def cos(y, x):
+    return diagonal(lambda: -x.sin())
+
+
+@rule("tan")
+def tan(y, x):
+    return diagonal(lambda: 1 + y * y)
+
+
+@rule("tanh")
+def tanh(y, x):
+    return diagonal(lambda: 1 - y * y)
+
+
+@rule("sinh")
+def sinh(y, x):
+    return diagonal(lambda: x.cosh())
+
+
+@rule("cosh")
+def cosh(y, x):
+    return diagonal(lambda: x.sinh())
+
+
+@rule("erf")
+def erf(y, x):
+    return diagonal(lambda: (2 / math.sqrt(math.pi)) * (-x * x).exp())
+
+
+# ---- activations
+
+
+@rule("sigmoid")
+def sigmoid(y, x):
+    return diagonal(lambda: y * (1 - y))
+
+
+@rule("relu")
+def relu(y, x):
+    return diagonal(lambda: (y > 0).to(y.dtype))
+
+
+@rule("gelu")
+def gelu(y, x, *, approximate="none"):
+    slope = lambda g: aten.gelu_backward(g, x, approximate=approximate)
+    return Derivative(slope, slope)
+
+
+@rule("silu")
+def silu(y, x):
+    if x.is_complex():
+        return diagonal(lambda: x.sigmoid() * (1 + x * (1 - x.sigmoid())))
+    slope = lambda g: aten.silu_backward(g, x)
+    return Derivative(slope, slope)
+
+
+# ---- choosing
+
+
+@rule("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
+def where(y, mask, a, b):
+    keep = lambda g: torch.where(mask, g, 0)
+    drop = lambda g: torch.where(mask, 0, g)
+    return None, Derivative(keep, keep), Derivative(drop, drop)
+
+
+@rule("masked_fill")
+def masked_fill(y, x, mask, value):
+    keep = lambda g: g.masked_fill(mask, 0)
+    return Derivative(keep, keep), None, Derivative(
+        lambda g: torch.where(mask, g, 0), lambda t: torch.where(mask, t, 0)
+    )
+
+
+@rule("abs")
+def abs(y, x):
+    if x.is_complex():
+        return Derivative(lambda g: g * x.sgn(), lambda t: torch.real(conj(x.sgn()) * t))
+    return diagonal(lambda: x.sgn())
+
+
+@rule("maximum", "fmax")
+def maximum(y, a, b):
+    # Equal arguments share the derivative, as in PyTorch.
+    return diagonal(lambda: _share(a > b, a == b, y)), diagonal(lambda: _share(b > a, a == b, y))
+
+
+@rule("minimum", "fmin")
+def minimum(y, a, b):
+    return diagonal(lambda: _share(a < b, a == b, y)), diagonal(lambda: _share(b < a, a == b, y))
+
+
+def _share(wins, ties, like):
+    return wins.to(like.dtype) + ties.to(like.dtype) / 2
+
+
+@rule("clamp", "clamp.Tensor")
+def clamp(y, x, low=None, high=None):
+    def inside():
+        keep = torch.ones_like(y, dtype=torch.bool)
+        keep = keep if low is None else keep & (x >= low)
+        return (keep if high is None else keep & (x <= high)).to(y.dtype)
+
+    at_low = diagonal(lambda: ((x < low) & (True if high is None else low < high)).to(y.dtype))
+    at_high = diagonal(lambda: ((x > high) | (False if low is None else low > high)).to(y.dtype))
+    return diagonal(inside), at_low, at_high
+
+
+# ---- dtype, copies, and what has no derivative
+
+
+@rule("_to_copy", "clone", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "lift")
+def copy(y, x, *args, **kwargs):
+    dtype = y.dtype
+    return Derivative(lambda g: g, lambda t: t.to(dtype) if dtype.is_complex or not t.is_complex() else t.real)
+
+
+@rule("copy")
+def copy_into(y, x, source, non_blocking=False):
+    return None, Derivative(lambda g: g, lambda t: t)
+
+
+@rule("fill.Tensor")
+def fill(y, x, value):
+    return None, Derivative(lambda g: g, lambda t: t)
+
+
+nondifferentiable(
+    "detach", "floor", "ceil", "round", "trunc", "sign", "zeros_like", "ones_like", "full_like", "empty_like",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "rand_like", "randn_like", "bernoulli",
+    "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logical_and", "logical_or", "logical_not",
+    "logical_xor", "argmax", "argmin", "argsort", "fill.Scalar", "zero", "signbit", "floor_divide", "empty_strided",
+    "nextafter", "heaviside", "isposinf", "isneginf", "any", "all", "uniform", "normal_functional", "exponential",
+    "bucketize", "searchsorted", "count_nonzero", "nonzero", "multinomial", "randint_like",
+)  # fmt: skip

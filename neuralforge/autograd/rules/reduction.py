@@ -1,0 +1,176 @@
+"""Sums, means, norms, extrema, softmax, scans."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .table import Derivative, aten, conj, linear, rule
+
+
+def keep_dims(x, dim, keepdim, ndim):
+    """A reduced tensor with its reduced dimensions back, as size one. `dim` None or empty: all of them."""
+    if keepdim or ndim == 0:
+        return x
+    dims = range(ndim) if dim is None or dim == [] else [d % ndim for d in ([dim] if isinstance(dim, int) else dim)]
+    for d in sorted(dims):
+        x = x.unsqueeze(d)
+    return x
+
+
+def count(shape, dim):
+    """How many elements are reduced into one."""
+    dims = range(len(shape)) if dim is None or dim == [] else ([dim] if isinstance(dim, int) else dim)
+    return math.prod(shape[d] for d in dims) if shape else 1
+
+
+@rule("sum")
+def sum(y, x, dim=None, keepdim=False, *, dtype=None):
+    shape = x.shape
+    return linear(lambda g: keep_dims(g, dim, keepdim, len(shape)).expand(shape))
+
+
+@rule("mean")
+def mean(y, x, dim=None, keepdim=False, *, dtype=None):
+    shape = x.shape
+    return linear(lambda g: (keep_dims(g, dim, keepdim, len(shape)) / count(shape, dim)).expand(shape))
+
+
+@rule("var.correction")
+def var(y, x, dim=None, *, correction=None, keepdim=False):
+    factor = 2 / max(count(x.shape, dim) - (1 if correction is None else correction), 0 or 1e-300)
+    centred = lambda: x - (x.mean() if dim is None or dim == [] else x.mean(dim, keepdim=True))
+    return Derivative(
+        lambda g: keep_dims(g, dim, keepdim, x.dim()) * factor * centred(),
+        lambda t: _sum(torch.real(conj(centred()) * t) * factor, dim, keepdim),
+    )
+
+
+def _sum(x, dim, keepdim):
+    if dim is None or dim == []:
+        total = x.sum()
+        return total.reshape([1] * x.dim()) if keepdim else total
+    return x.sum(dim, keepdim=keepdim)
+
+
+@rule("amax", "amin")
+def amax(y, x, dim=(), keepdim=False):
+    # Equal extrema share the derivative, as in PyTorch.
+    dims = list(dim)
+
+    def weights():
+        mask = (x == keep_dims(y, dims, keepdim, x.dim())).to(x.dtype)
+        return mask / _sum(mask, dims, True)
+
+    return Derivative(
+        lambda g: keep_dims(g, dims, keepdim, x.dim()) * weights(), lambda t: _sum(t * weights(), dims, keepdim)
+    )
+
+
+@rule("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode", "kthvalue")
+def select_extreme(out, x, *args, **kwargs):
+    index, shape = out[1], x.shape
+    keepdim = out[0].dim() == x.dim()
+    numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
+    dim = numbers[-1] if numbers else -1
+
+    def vjp(gs):
+        if gs[0] is None:
+            return None
+        g = keep_dims(gs[0], dim, keepdim, len(shape))
+        return g.new_zeros(shape).scatter_add(dim, keep_dims(index, dim, keepdim, len(shape)), g)
+
+    def jvp(t):
+        picked = t.gather(dim, keep_dims(index, dim, keepdim, len(shape)))
+        return (picked if keepdim else picked.squeeze(dim)), None
+
+    return Derivative(vjp, jvp)
+
+
+@rule("max", "min")
+def extreme(y, x):
+    weights = lambda: (x == y).to(x.dtype) / (x == y).sum()
+    return Derivative(lambda g: g * weights(), lambda t: (t * weights()).sum())
+
+
+@rule("linalg_vector_norm", forward=True)
+def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    def slope():  # d|x|_p/dx, zero where the norm is
+        n = keep_dims(y, dim, keepdim, x.dim())
+        if ord == 0:
+            return torch.zeros_like(x)
+        if ord == 1:
+            return x.sgn()
+        if math.isinf(ord):
+            mask = (x.abs() == n).to(n.dtype)
+            return x.sgn() * (mask / _sum(mask, dim, True))
+        safe = torch.where(n == 0, 1, n)
+        if ord == 2:
+            return torch.where(n == 0, 0, x / safe)
+        size = x.abs()
+        power = torch.where(size == 0, 0, torch.where(size == 0, 1, size) ** (ord - 1))
+        return x.sgn() * torch.where(n == 0, 0, power / safe ** (ord - 1))
+
+    return Derivative(
+        lambda g: keep_dims(g, dim, keepdim, x.dim()) * slope(),
+        lambda t: _sum(torch.real(conj(slope()) * t), dim, keepdim),
+    )
+
+
+@rule("logsumexp")
+def logsumexp(y, x, dim, keepdim=False):
+    weights = lambda: (x - _finite(keep_dims(y, dim, keepdim, x.dim()))).exp()
+    return Derivative(
+        lambda g: keep_dims(g, dim, keepdim, x.dim()) * conj(weights()), lambda t: _sum(t * weights(), dim, keepdim)
+    )
+
+
+def _finite(x):
+    """Infinities set to zero: a row of -inf has no share for anyone."""
+    if x.is_complex():
+        return x
+    return torch.where(x.abs() == math.inf, 0, x)
+
+
+@rule("_softmax")
+def softmax(y, x, dim, half_to_float=False):
+    # The fused backward operators have definitions, so they differentiate again.
+    dtype = x.dtype
+    pull = lambda g: aten._softmax_backward_data(g, y, dim, dtype)
+    return Derivative(pull, lambda t: pull(t.to(y.dtype)).to(y.dtype))
+
+
+@rule("_log_softmax")
+def log_softmax(y, x, dim, half_to_float=False):
+    dtype = x.dtype
+    return Derivative(
+        lambda g: aten._log_softmax_backward_data(g, y, dim, dtype),
+        lambda t: t.to(y.dtype) - (t * y.exp()).sum(dim, keepdim=True),
+    )
+
+
+@rule("cumsum")
+def cumsum(y, x, dim, *, dtype=None):
+    return linear(lambda g: g.flip(dim).cumsum(dim).flip(dim) if g.dim() else g)
+
+
+@rule("prod", "prod.dim_int")
+def prod(y, x, dim=None, keepdim=False, *, dtype=None):
+    def others():
+        """The product of all other elements along `dim`, exact where some are zero: products of what comes before
+        and of what comes after."""
+        flat = x.reshape(-1) if dim is None else x.movedim(dim, -1)
+        if dtype is not None:
+            flat = flat.to(dtype)
+        ones = torch.ones_like(flat[..., :1])
+        before = torch.cat([ones, flat[..., :-1]], -1).cumprod(-1)
+        after = torch.cat([ones, flat.flip(-1)[..., :-1]], -1).cumprod(-1).flip(-1)
+        found = before * after
+        return found.reshape(x.shape) if dim is None else found.movedim(-1, dim)
+
+    if x.dim() == 0:
+        return Derivative(lambda g: g, lambda t: t)
+    return Derivative(
+        lambda g: keep_dims(g, dim, keepdim, x.dim()) * conj(others()), lambda t: _sum(t * others(), dim, keepdim)
+    )

@@ -1,0 +1,211 @@
+"""Reverse mode: a tape under the dispatcher.
+
+The same tape serves eager code (on real tensors) and captured code (on fake tensors, where the operators of the
+backward pass are captured in their turn). As in PyTorch, a tensor holds the node that made it, and a node holds its
+parents: what nobody can reach any more is freed. Backward frees each node's residuals as it goes.
+
+An operator with a rule is claimed; one without descends into its definition, whose parts are taped.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import DifferentiationError
+from ..graph import source
+from ..graph.ir import op_name
+from ..graph.tracer import Tracer
+from .rules.table import Joint, find_definition, find_rule
+
+_order = itertools.count()
+
+
+class Node:
+    """One operator's place on the tape. `edges` lead to its arguments: (parent, vjp, like), each of parent and like
+    being a list where the argument is a list of tensors. A watched input is a node without edges."""
+
+    __slots__ = ("order", "edges", "results", "name", "source")
+
+    def __init__(self, edges: list | None, results: int, name: str):
+        self.order = next(_order)
+        self.edges = edges
+        self.results = results
+        self.name = name
+        self.source = source.user_line() if source.capturing else ""
+
+    def __lt__(self, other: Node) -> bool:
+        return self.order > other.order  # the heap gives the latest node first
+
+
+class Tape(Tracer):
+    """Records what is computed from watched tensors; `pull` carries cotangents back to them."""
+
+    def watch(self, x: torch.Tensor) -> torch.Tensor:
+        """An alias of `x` to compute with: derivatives are taken with respect to it."""
+        alias = torch.ops.aten.alias.default(x)
+        alias.__dict__[self.key] = Node([], 1, "input"), 0
+        return alias
+
+    def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        key = self.key
+        parents = [_parents(a, key) for a in args]
+        in_kwargs = any(_parents(v, key) for v in kwargs.values()) if kwargs else False
+        if not in_kwargs and not any(parents):
+            return func(*args, **kwargs)
+        found = find_rule(func)
+        if found is None or in_kwargs:
+            return self._descend(func, args, kwargs)
+        out = func(*args, **kwargs)
+        results = (out,) if isinstance(out, torch.Tensor) else out
+        if not any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):
+            return out
+        derivatives = found.derivatives(out, *args, **kwargs)
+        if derivatives is None:
+            return out
+        edges = _edges(func, derivatives, args, parents)
+        if edges:
+            node = Node(edges, len(results), op_name(func))
+            for i, r in enumerate(results):
+                if isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()):
+                    r.__dict__[key] = (node, i)
+        return out
+
+    def _descend(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        found = find_definition(func)
+        if found is None:
+            out = func(*args, **kwargs)
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            if any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):
+                raise missing_rule(func)
+            return out
+        with self:
+            return found(*args, **kwargs)
+
+    def node(self, x: Any) -> tuple[Node, int] | None:
+        """Where on the tape `x` was made; None if it doesn't depend on a watched tensor."""
+        return x.__dict__.get(self.key) if isinstance(x, torch.Tensor) else None
+
+    def pull(
+        self, outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[torch.Tensor], keep: bool = False
+    ) -> list[torch.Tensor | None]:
+        """Cotangents of the watched `inputs`, given those of the `outputs`; None where nothing arrives. The tape is
+        consumed unless `keep`."""
+        pending: dict[Node, list] = {}
+        heap: list[Node] = []
+
+        def arrive(at: tuple[Node, int], g: torch.Tensor) -> None:
+            node, index = at
+            slots = pending.get(node)
+            if slots is None:
+                slots = pending[node] = [None] * node.results
+                heapq.heappush(heap, node)
+            slots[index] = g if slots[index] is None else slots[index] + g
+
+        for out, g in zip(outputs, cotangents):
+            at = self.node(out)
+            if at is not None and g is not None:
+                arrive(at, g)
+        del cotangents
+        wanted = {self.node(x)[0]: i for i, x in enumerate(inputs)}
+        found: list[torch.Tensor | None] = [None] * len(inputs)
+        while heap:
+            node = heapq.heappop(heap)
+            slots = pending.pop(node)
+            if node in wanted:
+                found[wanted[node]] = slots[0]
+                continue
+            if node.edges is None:
+                raise DifferentiationError(
+                    "this pullback has been used already and its tape freed. Ask for it with nf.vjp, whose pullback "
+                    "may be called any number of times."
+                )
+            g = slots[0] if node.results == 1 else tuple(slots)
+            slots = None
+            edges = node.edges
+            if not keep:
+                node.edges = None
+            with source.attributed(node.source, f"vjp of {node.name}"):
+                while edges:
+                    parent, vjp, like = edges[-1]
+                    edges = edges[:-1]
+                    back = vjp(g)
+                    if not edges:
+                        g = None
+                    if isinstance(parent, list):
+                        for p, b, k in zip(parent, back, like):
+                            if p is not None and b is not None:
+                                arrive(p, fit(b, *k))
+                    elif back is not None:
+                        arrive(parent, fit(back, *like))
+                    vjp = back = None
+        return found
+
+
+def fit(g: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A cotangent in its argument's shape and dtype: undo broadcasting and type promotion."""
+    if g.shape != shape:
+        lead = g.dim() - len(shape)
+        dims = [*range(lead), *(lead + i for i, n in enumerate(shape) if n == 1 and g.shape[lead + i] != 1)]
+        g = g.sum(dims, keepdim=True) if dims else g
+        g = g.reshape(shape) if g.shape != shape else g
+    if g.dtype != dtype:
+        g = torch.real(g).to(dtype) if g.is_complex() and not dtype.is_complex else g.to(dtype)
+    return g
+
+
+def missing_rule(func: Any) -> DifferentiationError:
+    name = op_name(func)
+    short = name.removeprefix("aten.").replace(".", "::", 1) if not name.startswith("aten.") else name[5:]
+    return DifferentiationError(
+        f"{source.user_line()}: {name} has neither a derivative rule nor a definition in simpler operators. Write one "
+        f'with `from neuralforge.autograd.rules import rule, linear, diagonal`: @rule("{short}") on a function of the '
+        f"result and the arguments that returns a derivative for each argument; or wrap the call in nf.custom_vjp."
+    )
+
+
+def _parents(a: Any, key: str) -> Any:
+    """The place on the tape of an argument: a pair, None, or a list of them for a list with any tracked tensor."""
+    if isinstance(a, torch.Tensor):
+        return a.__dict__.get(key)
+    if isinstance(a, (list, tuple)):
+        found = [x.__dict__.get(key) if isinstance(x, torch.Tensor) else None for x in a]
+        return found if any(found) else None
+    return None
+
+
+def _edges(func: Any, derivatives: Any, args: tuple, parents: list) -> list[tuple]:
+    """The edges from a new node to the tracked among its arguments."""
+    if isinstance(derivatives, Joint):
+        wanted = tuple(bool(p) for p in parents)
+        at = [i for i, w in enumerate(wanted) if w]
+        pull = derivatives.vjp
+
+        def vjp(g: Any) -> list:
+            back = pull(g if isinstance(g, tuple) else (g,), wanted)
+            return [back[i] for i in at]
+
+        return [([parents[i] for i in at], vjp, [_like(args[i]) for i in at])]
+    if hasattr(derivatives, "vjp"):
+        derivatives = (derivatives,)
+    edges = []
+    for i, parent in enumerate(parents):
+        if not parent:
+            continue
+        if i >= len(derivatives):
+            raise DifferentiationError(
+                f"{source.user_line()}: the derivative rule of {op_name(func)} covers {len(derivatives)} arguments, "
+                f"and argument {i} depends on a differentiated input."
+            )
+        if derivatives[i] is not None:
+            like = [_like(a) for a in args[i]] if isinstance(parent, list) else _like(args[i])
+            edges.append((parent, derivatives[i].vjp, like))
+    return edges
+
+
+def _like(x: Any) -> Any:
+    return (x.shape, x.dtype) if isinstance(x, torch.Tensor) else None

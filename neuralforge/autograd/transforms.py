@@ -1,0 +1,176 @@
+"""The transforms users call: `grad`, `value_and_grad`, `vjp`, `jvp`, `hvp`, `stop_gradient`.
+
+They take functions of pytrees of tensors (after JAX's transforms of the same names), run eagerly or under `nf.jit`,
+and nest in any order. None of them uses torch.autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..errors import DifferentiationError
+from ..graph.source import user_line
+from .forward import Forward
+from .tape import Tape
+
+
+def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """A function like `f` that returns `(f(...), gradient)`.
+
+    `f` returns one real scalar tensor (shape []), or `(scalar, aux)` with `has_aux`, when the first result is
+    `(scalar, aux)` too. The gradient is a pytree like argument `argnums` (a tuple of them for a tuple of argnums),
+    each leaf with its argument's shape and dtype. An argument that `f` doesn't use has a gradient of zeros.
+
+    Raises DifferentiationError for a result that isn't a real scalar, an argument that isn't floating point or
+    complex, and an operator without a derivative rule.
+    """
+
+    @wraps(f)
+    def value_and_grad_f(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        which = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        if any(not -len(args) <= n < len(args) for n in which):
+            raise DifferentiationError(
+                f"{user_line()}: argnums={argnums} of a call with {len(args)} positional arguments. Differentiated "
+                f"arguments must be passed by position."
+            )
+        tape = Tape()
+        with torch.no_grad():
+            with tape:
+                watched, leaves = _watch(tape, [args[n] for n in which])
+                full = list(args)
+                for n, arg in zip(which, watched):
+                    full[n] = arg
+                out = tree_map(tape.now, f(*full, **kwargs))
+            loss, aux = out if has_aux else (out, None)
+            del out, full, watched
+            _check_scalar(loss)
+            grads = tape.pull([loss], [torch.ones_like(loss)], leaves)
+            flat = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)]
+            tape.write_back()
+        trees = [tree_flatten(args[n])[1] for n in which]
+        result, at = [], 0
+        for tree in trees:
+            result.append(tree_unflatten(flat[at : at + tree.num_leaves], tree))
+            at += tree.num_leaves
+        gradient = result[0] if isinstance(argnums, int) else tuple(result)
+        return ((loss, aux) if has_aux else loss), gradient
+
+    return value_and_grad_f
+
+
+def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """A function like `f` that returns the gradient only (with `has_aux`: `(gradient, aux)`); see value_and_grad."""
+    both = value_and_grad(f, argnums, has_aux)
+
+    @wraps(f)
+    def grad_f(*args: Any, **kwargs: Any) -> Any:
+        value, gradient = both(*args, **kwargs)
+        return (gradient, value[1]) if has_aux else gradient
+
+    return grad_f
+
+
+def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
+    """`(f(*primals), pullback)`. `pullback(cotangent)`, of a pytree like the output, gives a tuple of cotangents, one
+    for each primal; it may be called any number of times."""
+    tape = Tape()
+    with torch.no_grad():
+        with tape:
+            watched, leaves = _watch(tape, primals)
+            out = tree_map(tape.now, f(*watched))
+        if tape.external_writes():
+            raise DifferentiationError(
+                f"{user_line()}: the function given to nf.vjp writes in place to a tensor from outside, which the "
+                f"pullback may still need. Return the new value instead."
+            )
+    flat_out, out_tree = tree_flatten(out)
+    _, in_tree = tree_flatten(primals)
+
+    def pullback(cotangent: Any) -> tuple:
+        flat, tree = tree_flatten(cotangent)
+        if tree != out_tree:
+            raise DifferentiationError(
+                f"{user_line()}: the cotangent's structure {tree} differs from the output's, {out_tree}."
+            )
+        for g, y in zip(flat, flat_out):
+            if isinstance(y, torch.Tensor) and isinstance(g, torch.Tensor) and g.shape != y.shape:
+                raise DifferentiationError(
+                    f"{user_line()}: a cotangent of shape {tuple(g.shape)} for an output of shape {tuple(y.shape)}; "
+                    f"they must be equal."
+                )
+        with torch.no_grad():
+            grads = tape.pull(flat_out, flat, leaves, keep=True)
+            return tree_unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)], in_tree)
+
+    return out, pullback
+
+
+def jvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """`(f(*primals), tangent of the output)` along `tangents`, pytrees like `primals`."""
+    flat, tree = tree_flatten(tuple(primals))
+    moves, move_tree = tree_flatten(tuple(tangents))
+    if tree != move_tree:
+        raise DifferentiationError(f"{user_line()}: the tangents' structure {move_tree} differs from {tree}.")
+    forward = Forward()
+    with torch.no_grad():
+        with forward:
+            watched = []
+            for x, t in zip(flat, moves):
+                _check_input(x)
+                if t.shape != x.shape or t.dtype != x.dtype:
+                    raise DifferentiationError(
+                        f"{user_line()}: a tangent of shape {tuple(t.shape)} and dtype {t.dtype} for an input of shape "
+                        f"{tuple(x.shape)} and dtype {x.dtype}; they must be equal."
+                    )
+                watched.append(forward.watch(x, t))
+            out = tree_map(forward.now, f(*tree_unflatten(watched, tree)))
+        forward.write_back()
+        return out, tree_map(lambda y: _tangent(forward, y), out)
+
+
+def _tangent(forward: Forward, y: Any) -> Any:
+    t = forward.tangent(y)
+    return torch.zeros_like(y) if t is None and isinstance(y, torch.Tensor) else t
+
+
+def hvp(f: Callable, primals: tuple, tangents: tuple) -> Any:
+    """The product of the Hessian of the scalar function `f` at `primals` with `tangents`: forward over reverse, so at
+    a small multiple of the gradient's cost and memory (Pearlmutter 1994). A tuple like `primals`."""
+    argnums = tuple(range(len(primals)))
+    return jvp(grad(f, argnums), primals, tangents)[1]
+
+
+def stop_gradient(tree: Any) -> Any:
+    """The same tensors, constant to every derivative."""
+    return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, tree)
+
+
+def _watch(tape: Tape, args: Any) -> tuple[Any, list[torch.Tensor]]:
+    flat, tree = tree_flatten(args)
+    for leaf in flat:
+        _check_input(leaf)
+    watched = [tape.watch(leaf) for leaf in flat]
+    return tree_unflatten(watched, tree), watched
+
+
+def _check_input(x: Any) -> None:
+    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()):
+        what = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"{x!r} ({type(x).__name__})"
+        raise DifferentiationError(
+            f"{user_line()}: can't differentiate with respect to {what}; expected floating-point or complex tensors. "
+            f"Leave this argument out of argnums, or convert it with .to(torch.float32)."
+        )
+
+
+def _check_scalar(loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or loss.is_complex() or not loss.is_floating_point():
+        what = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise DifferentiationError(
+            f"{user_line()}: the gradient needs a function that returns one real scalar tensor, not {what}. Reduce it, "
+            f"with .mean() or .sum(), or use nf.vjp; if it returns (loss, aux), say has_aux=True."
+        )

@@ -1,0 +1,145 @@
+"""From a Python function of tensors to a `Graph`, without arithmetic or memory: operators run on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..errors import CaptureError
+from . import source
+from .ir import Equation, Graph, Value, map_tree
+from .source import origin, user_line
+from .tracer import Tracer
+
+
+@dataclass(eq=False)
+class Captured:
+    """A function as a graph. The graph's inputs are the tensors among the flattened arguments, in order; its outputs
+    are the flattened results, followed by the new values of the arguments the function wrote to (`writes`)."""
+
+    graph: Graph
+    out_tree: TreeSpec
+    writes: list[int]
+    """Positions, among the graph's inputs, of the arguments written in place."""
+
+
+class FakeMode(FakeTensorMode):
+    """PyTorch's fake tensors, without the wrapper that imports torch._dynamo (0.9 s) at the first operator."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.dispatch(func, types, args, kwargs or {})
+
+
+class Capture(Tracer):
+    """Records every operator as an equation. Tensors that come from outside become constants, by reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.fake_mode = FakeMode()
+        self._values: dict[int, Value] = {}  # id of a fake tensor -> its value, which keeps the tensor alive
+        self._constants: dict[int, Value] = {}
+
+    def input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new graph input shaped like `tensor`; returns the fake tensor that stands for it."""
+        value = self._new(self._fake(tensor))
+        self.graph.inputs.append(value)
+        return value.fake
+
+    def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        arg_values, kwarg_values = map_tree(self.value, args), map_tree(self.value, kwargs)
+        fakes = map_tree(lambda leaf: leaf.fake if isinstance(leaf, Value) else leaf, (arg_values, kwarg_values))
+        try:
+            out = func(*fakes[0], **fakes[1])
+        except (DataDependentOutputException, DynamicOutputShapeException) as e:
+            raise CaptureError(_data_dependent(func)) from e
+        outputs = map_tree(self._bind, out)
+        self.graph.equations.append(Equation(func, arg_values, kwarg_values, outputs, user_line(), origin()))
+        return out
+
+    def value(self, x: Any) -> Any:
+        """The graph's value for a tensor (a new constant if the tensor comes from outside); other things unchanged."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        if isinstance(x, FakeTensor) and x.fake_mode is self.fake_mode:
+            return self._values.get(id(x)) or self._new(x)
+        if id(x) not in self._constants:
+            value = self._constants[id(x)] = self._new(self._fake(x))
+            self.graph.constants[value] = x
+        return self._constants[id(x)]
+
+    def check_external_write(self, x: torch.Tensor) -> None:
+        if id(x) not in self._values:
+            raise CaptureError(
+                f"{user_line()}: in-place write to a captured constant, a tensor of shape {tuple(x.shape)} and dtype "
+                f"{x.dtype} that the function closes over. The write would be lost after the first call: pass the "
+                f"tensor as an argument and return its new value."
+            )
+
+    def _fake(self, x: torch.Tensor) -> torch.Tensor:
+        with _disable_current_modes(), self.fake_mode:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+    def _new(self, fake: torch.Tensor) -> Value:
+        value = Value(f"v{len(self._values)}", fake)
+        self._values[id(fake)] = value
+        return value
+
+    def _bind(self, x: Any) -> Any:
+        # An operator may hand back its own argument; the equation still defines a new value for what follows.
+        return self._new(x) if isinstance(x, torch.Tensor) else x
+
+
+def capture(f: Callable, *args: Any) -> Captured:
+    """Capture `f(*args)`; `args` are pytrees whose tensors may be real or fake (nothing of them is read but shape,
+    dtype, strides and device). Other leaves are static: the graph holds for their values only.
+
+    Raises CaptureError where Python control flow depends on tensor data, or a captured constant is written to.
+    """
+    leaves, tree = tree_flatten(args)
+    mode = Capture()
+    source.capturing += 1
+    try:
+        return _capture(f, mode, leaves, tree)
+    finally:
+        source.capturing -= 1
+
+
+def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
+    with _disable_current_modes(), torch.no_grad(), mode.fake_mode, mode:
+        fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        out, out_tree = tree_flatten(f(*tree_unflatten(fakes, tree)))
+        out = [mode.now(leaf) for leaf in out]
+        written = {id(t): new for t, new in mode.external_writes()}
+    tensors = [t for t in fakes if isinstance(t, torch.Tensor)]
+    writes = [i for i, t in enumerate(tensors) if id(t) in written]
+    mode.graph.outputs = [mode.value(leaf) for leaf in (*out, *(written[id(tensors[i])] for i in writes))]
+    return Captured(mode.graph, out_tree, writes)
+
+
+def _data_dependent(func: Callable) -> str:
+    if func is torch.ops.aten._local_scalar_dense.default:
+        what = (
+            "the program asks for the value of a tensor (through `if`, `while`, `.item()`, `int()` or `float()`), "
+            "which isn't known while a graph is captured"
+        )
+        mend = "Use torch.where (or arithmetic) to choose between results, or move the decision outside the function"
+    else:
+        what = f"{func} gives a result whose shape depends on the data, which a captured graph can't hold"
+        mend = "Use a masked operation of fixed shape (torch.where, multiplication by a mask), or move it outside"
+    return f"{user_line()}: {what}. {mend}."
