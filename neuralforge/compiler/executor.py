@@ -1,0 +1,126 @@
+"""Running a planned graph: straight-line Python, one call an equation, nothing decided at run time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from ..graph.ir import Equation, Graph, Value, leaves
+from ..memory import keep_pages
+from .kernels import Kernel
+from .plan import Plan, empty_like, is_view, plan_memory
+
+
+class Program:
+    """A compiled graph. Called with the graph's input tensors, returns its flat outputs.
+
+    `donated` inputs may be overwritten: their memory goes to outputs of the same type. `source` is the generated
+    Python, `plan` the memory plan.
+    """
+
+    def __init__(self, graph: Graph, kernels: dict[Equation, Kernel], calls: dict[Equation, Any], donated: list[Value]):
+        keep_pages()
+        self.graph = graph
+        self.plan: Plan = plan_memory(graph, kernels, donated)
+        self._lock = threading.Lock()
+        self._arena = torch.empty(self.plan.arena_bytes, dtype=torch.uint8)
+        self.source, namespace = _Writer(graph, self.plan, kernels, calls, self._arena).write()
+        exec(compile(self.source, "<neuralforge program>", "exec"), namespace)
+        self._run = namespace["program"]
+
+    def __call__(self, *tensors: torch.Tensor) -> list[Any]:
+        # Below autograd: nothing here is recorded by torch, and the dispatcher has less to do. One arena: one caller.
+        with self._lock, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return self._run(*tensors)
+
+
+class _Writer:
+    """Writes the program's text and the namespace it runs in."""
+
+    def __init__(self, graph: Graph, plan: Plan, kernels: dict, calls: dict, arena: torch.Tensor):
+        self.graph, self.plan, self.kernels, self.calls, self.arena = graph, plan, kernels, calls, arena
+        self.namespace: dict[str, Any] = {"empty": torch.empty_strided}
+        self.static: dict[Value, torch.Tensor] = dict(graph.constants)
+        for value, buffer in plan.buffers.items():
+            self.static[value] = empty_like(value, arena, buffer.offset)
+        self.lines: list[str] = []
+
+    def write(self) -> tuple[str, dict[str, Any]]:
+        graph, plan = self.graph, self.plan
+        fresh = set(plan.fresh)
+        for eq, dead in zip(graph.equations, graph.last_uses()):
+            where = f"  # {eq.name} {eq.source}".rstrip()
+            if is_view(eq) and isinstance(eq.args[0], Value) and eq.args[0] in self.static:
+                out = eq.op(*_resolve(eq.args, self.static), **eq.kwargs)
+                self.static.update(zip(eq.results, out if isinstance(out, (tuple, list)) else [out]))
+                continue
+            kernel = self.kernels.get(eq)
+            arguments = self._tuple(eq.args) + ", " + self._dict(eq.kwargs)
+            if kernel is not None:
+                for v in eq.results:
+                    if v in fresh:
+                        self._line(f"{v} = empty({tuple(v.shape)}, {tuple(v.strides)}, dtype={self._name(v.dtype)})")
+                    elif v in plan.takes_over:
+                        self._line(f"{v} = {plan.takes_over[v]}")
+                outputs = "".join(self._name(v) + ", " for v in eq.results)
+                self._line(f"{self._name(kernel.run)}(({outputs}), {arguments}){where}")
+            else:
+                call = self.calls.get(eq, eq.op)
+                self._line(f"{self._targets(eq.outputs)} = {self._call(call, eq)}{where}")
+            gone = [v.name for v in dead if v not in self.static]
+            if gone:
+                self._line("del " + ", ".join(gone))
+        outputs = ", ".join(self._output(v) for v in graph.outputs)
+        parameters = ", ".join(v.name for v in graph.inputs)
+        body = "\n".join(f"    {line}" for line in [*self.lines, f"return [{outputs}]"])
+        return f"def program({parameters}):\n{body}\n", self.namespace
+
+    def _line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def _output(self, v: Any) -> str:
+        # A constant is the program's own: hand out a copy.
+        return f"{self._name(v)}.clone()" if isinstance(v, Value) and v in self.static else self._name(v)
+
+    def _call(self, op: Any, eq: Equation) -> str:
+        arguments = [self._expr(a) for a in eq.args] + [f"{k}={self._expr(v)}" for k, v in eq.kwargs.items()]
+        return f"{self._name(op)}({', '.join(arguments)})"
+
+    def _targets(self, outputs: Any) -> str:
+        if isinstance(outputs, (tuple, list)):
+            return "[" + ", ".join(self._targets(o) for o in outputs) + "]" if outputs else "_"
+        return outputs.name if isinstance(outputs, Value) else "_"
+
+    def _tuple(self, args: tuple) -> str:
+        return "(" + "".join(self._expr(a) + ", " for a in args) + ")"
+
+    def _dict(self, kwargs: dict) -> str:
+        return "{" + ", ".join(f"{k!r}: {self._expr(v)}" for k, v in kwargs.items()) + "}"
+
+    def _expr(self, arg: Any) -> str:
+        """An argument as text: values by name, plain literals as they are, the rest through the namespace."""
+        if isinstance(arg, (list, tuple)) and any(True for _ in leaves(arg)):
+            inner = "".join(self._expr(a) + ", " for a in arg)
+            return f"[{inner}]" if isinstance(arg, list) else f"({inner})"
+        if arg is None or type(arg) in (int, bool):
+            return repr(arg)
+        return self._name(arg)
+
+    def _name(self, thing: Any) -> str:
+        if isinstance(thing, Value):
+            if thing not in self.static:
+                return thing.name
+            self.namespace.setdefault(thing.name, self.static[thing])
+            return thing.name
+        for name, known in self.namespace.items():
+            if known is thing:
+                return name
+        name = f"k{len(self.namespace)}"
+        self.namespace[name] = thing
+        return name
+
+
+def _resolve(args: tuple, static: dict[Value, torch.Tensor]) -> tuple:
+    return tuple(static[a] if isinstance(a, Value) else a for a in args)

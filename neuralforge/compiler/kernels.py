@@ -1,0 +1,60 @@
+"""Claiming equations: for each, the code that runs it best, or none, and then its own operator runs.
+
+A kernel writes its results into tensors it is given. ATen's structured operators have such a form (`out=`); fused
+groups have only this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..graph.ir import Equation
+from ..graph.tracer import operator_traits
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`run(outputs, args, kwargs)` computes an equation into preallocated `outputs` (a tuple, one for each result)."""
+
+    run: Callable[[tuple, tuple, dict], None]
+    elementwise: bool
+    """An output may be the memory of an argument of the same type that nobody reads afterwards."""
+
+
+def destination_kernel(eq: Equation) -> Kernel | None:
+    """The destination-passing form of an ATen operator; None where there is none with a CPU kernel of its own."""
+    if hasattr(eq.op, "graph") or not isinstance(eq.op, torch._ops.OpOverload):
+        return None
+    found = out_overload(eq.op)
+    if found is None or any(v.device.type != "cpu" for v in eq.results):
+        return None
+    op, names = found
+    if len(names) != len(eq.results):
+        return None
+
+    def run(outputs: tuple, args: tuple, kwargs: dict) -> None:
+        op(*args, **kwargs, **dict(zip(names, outputs)))
+
+    return Kernel(run, torch.Tag.pointwise in eq.op.tags)
+
+
+@cache
+def out_overload(op: Any) -> tuple[Any, tuple[str, ...]] | None:
+    """The `out=` twin of an operator and the names of its destinations, if it computes in place rather than copying
+    from a temporary (the generated ones do)."""
+    if op.namespace != "aten" or operator_traits(op).is_view or operator_traits(op).written:
+        return None
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
+    for overload in op.overloadpacket.overloads():
+        candidate = getattr(op.overloadpacket, overload)
+        outs = [a.name for a in candidate._schema.arguments if a.is_out]
+        rest = [(a.name, str(a.type)) for a in candidate._schema.arguments if not a.is_out]
+        # The dtype and layout of a factory or a conversion are the destination's own.
+        if outs and rest == wanted and torch._C._dispatch_has_kernel_for_dispatch_key(candidate.name(), "CPU"):
+            return candidate, tuple(outs)
+    return None

@@ -1,0 +1,148 @@
+"""Passes that make a graph smaller and leave every result bitwise the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...graph.ir import Equation, Graph, Value, leaves, substitute
+
+aten = torch.ops.aten
+
+
+def dead_code(graph: Graph) -> Graph:
+    """Drop equations none of whose results is used."""
+    used = set(leaves(graph.outputs))
+    kept = []
+    for eq in reversed(graph.equations):
+        if any(v in used for v in eq.results):
+            used.update(eq.inputs)
+            kept.append(eq)
+    constants = {v: t for v, t in graph.constants.items() if v in used}
+    return graph.replace(equations=kept[::-1], constants=constants)
+
+
+def common_subexpressions(graph: Graph) -> Graph:
+    """Compute equal things once. Random operators are never equal; nor is what was recomputed on purpose."""
+    seen: dict[Any, Any] = {}
+
+    def reuse(eq: Equation) -> Any:
+        if is_random(eq.op) or eq.origin.startswith("recomputed"):
+            return None
+        key = (eq.op, _key(eq.args), _key(tuple(sorted(eq.kwargs.items()))))
+        return seen.setdefault(key, eq.outputs) if key not in seen else seen[key]
+
+    return rewrite(graph, lambda eq: None if (found := reuse(eq)) is eq.outputs else found)
+
+
+def simplify(graph: Graph) -> Graph:
+    """Drop operators that change nothing (aliases, views to the same shape, conversions to the same dtype) and
+    collapse chains of views."""
+    producers: dict[Value, Equation] = {}
+
+    def identity(eq: Equation) -> Any:
+        replacement = _simpler(eq, producers)
+        if replacement is None:
+            producers.update((v, eq) for v in eq.results)
+        return replacement
+
+    return rewrite(graph, identity)
+
+
+def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Any:
+    """A value equal to the result of `eq`; or None, after perhaps making `eq` read from further back."""
+    if not isinstance(eq.outputs, Value) or not eq.args or not isinstance(eq.args[0], Value):
+        return None
+    op, x, y = eq.op, eq.args[0], eq.outputs
+    packet = getattr(op, "overloadpacket", None)
+    if packet in _IDENTITIES:
+        return x
+    if packet in _COPIES and _same(x, y):
+        return x
+    if packet in (aten._unsafe_view, aten.reshape):
+        if packet is aten.reshape and not _viewable(x, y):
+            return None
+        eq.op, packet = aten.view.default, aten.view
+    if packet in _VIEWS and _same(x, y):
+        return x
+    before = producers.get(x)
+    if before is None:
+        return None
+    if packet is aten.view and before.op is aten.view.default:
+        source = before.args[0]
+        if _same(source, y):
+            return source
+        if _viewable(source, y):
+            eq.args = (source, *eq.args[1:])
+        return None
+    if packet in _TRANSPOSES and getattr(before.op, "overloadpacket", None) in _TRANSPOSES:
+        source = before.args[0]
+        order = _compose(_order(before), _order(eq))
+        if order == sorted(order):
+            return source
+        eq.op, eq.args = aten.permute.default, (source, order)
+    return None
+
+
+_IDENTITIES = {aten.alias, aten.detach, aten.lift_fresh}
+_COPIES = {aten._to_copy, aten.clone}
+_VIEWS = {aten.view, aten.expand, aten.permute, aten.transpose, aten.squeeze, aten.unsqueeze, aten.slice}
+_TRANSPOSES = {aten.t, aten.transpose, aten.permute}
+
+
+def _same(x: Value, y: Value) -> bool:
+    return (x.shape, x.strides, x.dtype, x.device) == (y.shape, y.strides, y.dtype, y.device)
+
+
+def _viewable(x: Value, y: Value) -> bool:
+    """Can `y`, a reshaping of `x` with y's recorded strides, be a view of x's memory?"""
+    try:
+        with x.fake.fake_mode:
+            return aten.view.default(x.fake, list(y.shape)).stride() == y.strides
+    except RuntimeError:
+        return False
+
+
+def _order(eq: Equation) -> list[int]:
+    ndim = eq.args[0].fake.dim()
+    order = list(range(ndim))
+    if eq.op.overloadpacket is aten.permute:
+        return [d % ndim for d in eq.args[1]]
+    if ndim > 1:
+        a, b = (0, 1) if eq.op.overloadpacket is aten.t else (eq.args[1] % ndim, eq.args[2] % ndim)
+        order[a], order[b] = b, a
+    return order
+
+
+def _compose(first: list[int], second: list[int]) -> list[int]:
+    return [first[i] for i in second]
+
+
+def rewrite(graph: Graph, fn: Callable[[Equation], Any]) -> Graph:
+    """Go through the equations in order; where `fn(eq)` returns a tree of earlier values shaped like the outputs,
+    drop the equation and use those. `fn` sees equations with earlier replacements made, and may change them."""
+    env: dict[Value, Any] = {}
+    kept = []
+    for eq in graph.equations:
+        eq = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+        replacement = fn(eq)
+        if replacement is None:
+            kept.append(eq)
+        else:
+            env.update(zip(leaves(eq.outputs), leaves(replacement)))
+    return graph.replace(equations=kept, outputs=substitute(graph.outputs, env))
+
+
+def is_random(op: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
+
+def _key(tree: Any) -> Any:
+    """A hashable picture of an argument; 1, 1.0 and True are told apart."""
+    if isinstance(tree, (list, tuple)):
+        return tuple(_key(item) for item in tree)
+    return tree if isinstance(tree, Value) else (type(tree), repr(tree))
+
+
