@@ -186,6 +186,6 @@ def repeat(y, x, repeats):
     return linear(vjp)
 
 
-@rule("_conj")
+@rule("_conj", "_conj_physical", "conj_physical", "resolve_conj")
 def _conj(y, x):
     return Derivative(conj, conj)

@@ -1,0 +1,212 @@
+"""Derivatives checked against torch.autograd over PyTorch's own operator database (`op_db`).
+
+It mirrors PyTorch's test/test_ops_gradients.py: every operator variant that torch differentiates, all its sample
+inputs, float64 and complex128. Four checks:
+
+- reverse: `nf.vjp` with random cotangents equals `torch.autograd.grad`;
+- second: the vjp of that vjp, in the inputs and the cotangents, equals torch's double backward;
+- forward: `nf.jvp` equals `torch.autograd.forward_ad`, or the reverse derivative where torch has no forward mode;
+- captured: the captured vjp, interpreted, equals the eager one (on the first samples).
+
+A wrong number is a failure; so is any exception but ours. An operator that raises DifferentiationError or CaptureError
+is unsupported.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from neuralforge.autograd import jvp, vjp
+from neuralforge.errors import CaptureError, DifferentiationError
+from neuralforge.graph import capture
+
+CHECKS = ("reverse", "second", "forward", "captured")
+CAPTURED_SAMPLES = 3
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass
+class Result:
+    """What became of one operator variant: for each check "pass", "fail" (wrong number, or a crash), "unsupported"
+    (it raises our error) or "skip" (torch has no such derivative), and why."""
+
+    variant: str
+    status: dict[str, str] = field(default_factory=lambda: dict.fromkeys(CHECKS, "skip"))
+    reasons: list[str] = field(default_factory=list)
+    samples: int = 0
+
+    def note(self, check: str, status: str, reason: str = "") -> None:
+        rank = ("skip", "pass", "unsupported", "fail")
+        if rank.index(status) > rank.index(self.status[check]):
+            self.status[check] = status
+            if reason:
+                self.reasons.append(f"{check}: {reason}")
+
+
+def variants() -> list:
+    """The entries of op_db that torch differentiates."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return [op for op in op_db if op.supports_autograd and dtypes(op)]
+
+
+def dtypes(op) -> list[torch.dtype]:
+    supported = op.supported_backward_dtypes(torch.device("cpu"))
+    wide = [d for d in (torch.float64, torch.complex128) if d in supported]
+    return wide or [d for d in (torch.float32,) if d in supported]
+
+
+def check(op, max_samples: int | None = None) -> Result:
+    """Run the four checks on one variant; `max_samples` for each dtype spreads over the database's list."""
+    result = Result(op.full_name if isinstance(op.full_name, str) else op.formatted_name)
+    for dtype in dtypes(op):
+        for number, (f, leaves) in enumerate(_cases(op, dtype, max_samples)):
+            _check_sample(op, f, leaves, result, captured=number < CAPTURED_SAMPLES)
+            result.samples += 1
+    return result
+
+
+def _cases(op, dtype: torch.dtype, max_samples: int | None) -> Iterator[tuple[Callable, Tensors]]:
+    torch.manual_seed(0)
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    if max_samples is not None and len(samples) > max_samples:
+        samples = [samples[i * len(samples) // max_samples] for i in range(max_samples)]
+    for sample in samples:
+        flat, tree = tree_flatten((sample.input, tuple(sample.args), dict(sample.kwargs)))
+        at = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if at:
+            yield _function(op, sample, flat, tree, at), [flat[i].detach() for i in at]
+
+
+def _function(op, sample, flat: list, tree, at: list[int]) -> Callable[..., Tensors]:
+    """The operator as a function of its differentiable leaves; returns its floating-point outputs."""
+
+    def f(*leaves: torch.Tensor) -> Tensors:
+        full = list(flat)
+        for i, leaf in zip(at, leaves):
+            full[i] = leaf
+        first, args, kwargs = tree_unflatten(full, tree)
+        torch.manual_seed(0)  # operators that draw random numbers draw the same ones on both sides
+        out = sample.output_process_fn_grad(op.gradcheck_wrapper(op.op, first, *args, **kwargs))
+        return [y for y in tree_leaves(out) if isinstance(y, torch.Tensor) and (y.is_floating_point() or y.is_complex())]
+
+    return f
+
+
+def _check_sample(op, f: Callable, leaves: Tensors, result: Result, captured: bool) -> None:
+    tracked = [x.clone().requires_grad_() for x in leaves]
+    outs = f(*tracked)
+    kept = [i for i, y in enumerate(outs) if y.requires_grad]
+    if not kept:
+        return
+    outs = [outs[i] for i in kept]
+    g = lambda *xs: (lambda ys: [ys[i] for i in kept])(f(*xs))
+    cotangents = [_random_like(y).requires_grad_() for y in outs]
+    plain = [c.detach() for c in cotangents]
+    grads = torch.autograd.grad(outs, tracked, cotangents, create_graph=op.supports_gradgrad, allow_unused=True)
+    expected = [_dense(d, x) for d, x in zip(grads, leaves)]
+
+    def gradients(*xs: torch.Tensor) -> Tensors:
+        return list(vjp(g, *xs[: len(leaves)])[1](list(xs[len(leaves) :])))
+
+    with _judging(result, "reverse"):
+        _compare(gradients(*leaves, *plain), expected)
+    if captured:
+        with _judging(result, "captured"):
+            _compare(capture(gradients, *leaves, *plain).graph(*leaves, *plain), expected)
+
+    followed = [d for d in grads if d is not None and d.requires_grad]
+    if op.supports_gradgrad and followed:
+        with _judging(result, "second"):
+            directions = [_random_like(x) for x in leaves]
+            inputs = [*tracked, *cotangents]
+            seeds = [v for v, d in zip(directions, grads) if d is not None and d.requires_grad]
+            twice = torch.autograd.grad(followed, inputs, seeds, allow_unused=True)
+            ours = vjp(gradients, *leaves, *plain)[1](directions)
+            _compare(list(ours), [_dense(d, x) for d, x in zip(twice, inputs)])
+
+    with _judging(result, "forward"):
+        tangents = [_random_like(x) for x in leaves]
+        pushed = jvp(g, tuple(leaves), tuple(tangents))[1]
+        truth = _torch_forward(g, leaves, tangents) if op.supports_forward_ad else None
+        if truth is not None:
+            _compare(list(pushed), truth)
+        else:
+            product = sum(_inner(c, p) for c, p in zip(plain, pushed))
+            _compare([product], [sum(_inner(d, t).to(product.dtype) for d, t in zip(expected, tangents))])
+
+
+def _torch_forward(f: Callable, leaves: Tensors, tangents: Tensors) -> Tensors | None:
+    """Tangents of the outputs by torch's forward mode; None where torch hasn't got it."""
+    try:
+        with fwAD.dual_level():
+            outs = f(*(fwAD.make_dual(x, t) for x, t in zip(leaves, tangents)))
+            return [_dense(fwAD.unpack_dual(y).tangent, y) for y in outs]
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class _judging:
+    """Notes a check as passed, failed or unsupported by the exception that leaves the block."""
+
+    def __init__(self, result: Result, check: str):
+        self.result, self.check = result, check
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None:
+            self.result.note(self.check, "pass")
+        elif isinstance(error, (DifferentiationError, CaptureError)):
+            self.result.note(self.check, "unsupported", _first_line(error))
+        elif isinstance(error, Exception):
+            self.result.note(self.check, "fail", f"{kind.__name__}: {_first_line(error)}")
+        return error is None or isinstance(error, Exception)
+
+
+class WrongNumber(AssertionError):
+    pass
+
+
+def _compare(found: Tensors, expected: Tensors) -> None:
+    assert len(found) == len(expected), f"{len(found)} derivatives for {len(expected)} arguments"
+    for i, (a, b) in enumerate(zip(found, expected)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise WrongNumber(f"item {i} is {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}")
+        eps = torch.finfo(a.dtype).eps
+        size = b.abs()[torch.isfinite(b)].max().item() if b.numel() and torch.isfinite(b).any() else 1.0
+        tolerance = max(1e-7, 30 * eps)
+        close = torch.isclose(a, b, rtol=tolerance * 10, atol=tolerance * max(size, 1e-3), equal_nan=True)
+        if not close.all():
+            worst = (a - b).abs()[~close].nan_to_num(float("inf")).max().item()
+            raise WrongNumber(f"item {i}: {(~close).sum()} of {a.numel()} wrong by up to {worst:.3g}, size {size:.3g}")
+
+
+def _dense(d: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if d is None else d.detach()
+
+
+def _random_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(x.numel()))
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.real(a.conj() * b).sum().to(torch.float64)
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).split(" in simpler operators.")[0][:160]
+
+
+def quiet() -> None:
+    """Single-threaded and without the warnings that the database's corner cases give."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
