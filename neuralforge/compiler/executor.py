@@ -49,7 +49,7 @@ class _Writer:
 
     def write(self) -> tuple[str, dict[str, Any]]:
         graph, plan = self.graph, self.plan
-        fresh = set(plan.fresh)
+        fresh, given_away = set(plan.fresh), set(plan.takes_over.values())
         for eq, dead in zip(graph.equations, graph.last_uses()):
             where = f"  # {eq.name} {eq.source}".rstrip()
             if is_view(eq) and isinstance(eq.args[0], Value) and eq.args[0] in self.static:
@@ -69,7 +69,7 @@ class _Writer:
             else:
                 call = self.calls.get(eq, eq.op)
                 self._line(f"{self._targets(eq.outputs)} = {self._call(call, eq)}{where}")
-            gone = [v.name for v in dead if v not in self.static]
+            gone = [v.name for v in dead if v not in self.static and v not in given_away]
             if gone:
                 self._line("del " + ", ".join(gone))
         outputs = ", ".join(self._output(v) for v in graph.outputs)

@@ -54,6 +54,7 @@ class Tracer(TorchDispatchMode):
         self._made = self.key + "made"  # attribute: None on tensors made inside, a Link on views
         self._now = self.key + "now"  # attribute: the tensor that a written tensor means
         self._written: dict[int, weakref.ref] = {}
+        self.descents: list[Any] = []  # operators whose definitions are being followed just now
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -50,6 +50,16 @@ def cpu_features() -> frozenset[str]:
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
+@cache
+def cpu_model() -> str:
+    """What /proc/cpuinfo calls the processor; "" where it doesn't say."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found.group(1).strip() if found else ""
+
+
 def isa() -> str:
     """The instruction set to compile for: "avx512", "avx2" or "portable". `$NEURALFORGE_ISA` overrides it downwards."""
     best = next((name for name, needs in _NEEDS.items() if needs <= cpu_features()), "portable")

@@ -1,0 +1,151 @@
+"""`nf.jit`: capture once, transform, run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..errors import CaptureError
+from ..graph import Captured, Graph, capture, verify
+from ..graph.source import user_line
+from .executor import Program
+from .kernels import destination_kernel
+from .passes import common_subexpressions, dead_code, fold_constants, simplify
+from .products import choose_products
+
+PASSES: list[Callable[[Graph], Graph]] = [
+    simplify,
+    dead_code,
+    fold_constants,
+    simplify,
+    common_subexpressions,
+    dead_code,
+]
+
+CACHE_SIZE = 64
+
+
+class Jit:
+    """A function compiled for each combination of argument structure, shapes, dtypes, strides and static values.
+
+    Called inside another transform (`nf.grad`, `nf.jit`, ...) it simply runs its Python function, which that
+    transform then follows.
+    """
+
+    def __init__(self, f: Callable, donate: tuple[int, ...]):
+        update_wrapper(self, f)
+        self.f = f
+        self.donate = donate
+        self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            return self.f(*args, **kwargs)
+        compiled, tensors = self.lookup(args, kwargs)
+        return compiled(tensors)
+
+    def lookup(self, args: tuple, kwargs: dict) -> tuple[Compiled, list[torch.Tensor]]:
+        """The compiled form for these arguments (compiling it if need be), and the tensors among them."""
+        leaves, tree = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = (tree, torch.get_num_threads(), *(_signature(leaf) for leaf in leaves))
+        try:
+            compiled = self._compiled.get(key)
+        except TypeError as e:
+            unhashable = next(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor) and leaf.__hash__ is None)
+            raise CaptureError(
+                f"{user_line()}: an argument of nf.jit holds {unhashable!r} ({type(unhashable).__name__}), which is "
+                f"neither a tensor nor hashable. Pass tensors, numbers, strings, or pytrees of them."
+            ) from e
+        if compiled is None:
+            donated = self._donated(args, kwargs)
+            captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
+            compiled = self._compiled[key] = Compiled(captured, donated)
+            while len(self._compiled) > CACHE_SIZE:
+                self._compiled.popitem(last=False)
+        else:
+            self._compiled.move_to_end(key)
+        return compiled, tensors
+
+    def _donated(self, args: tuple, kwargs: dict) -> list[int]:
+        """Positions of the donated among the tensor leaves."""
+        for n in self.donate:
+            if not 0 <= n < len(args):
+                raise CaptureError(
+                    f"{user_line()}: donate={self.donate} in a call with {len(args)} positional arguments. Donated "
+                    f"arguments must be passed by position."
+                )
+        flags = [n in self.donate for n, arg in enumerate(args) for leaf in tree_flatten(arg)[0] if _is_tensor(leaf)]
+        return [i for i, flag in enumerate(flags) if flag]
+
+
+class Compiled:
+    """A captured function with its optimised graph and its program."""
+
+    def __init__(self, captured: Captured, donated: list[int]):
+        graph = captured.graph
+        for transform in PASSES:
+            graph = verify(transform(graph))
+        self.graph = graph
+        self.out_tree: TreeSpec = captured.out_tree
+        self.writes = captured.writes
+        # What the function itself writes to can't be given away.
+        self.donated = [i for i in donated if i not in captured.writes]
+        calls = choose_products(graph.equations)
+        kernels = {eq: k for eq in graph.equations if eq not in calls and (k := destination_kernel(eq)) is not None}
+        self.program = Program(graph, kernels, calls, [graph.inputs[i] for i in self.donated])
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Any:
+        given = tensors
+        if self.donated and _overlapping(tensors, self.donated):
+            given = list(tensors)
+            for i in self.donated:
+                given[i] = tensors[i].clone(memory_format=torch.preserve_format)
+        flat = self.program(*given)
+        count = len(flat) - len(self.writes)
+        for i, new in zip(self.writes, flat[count:]):
+            with torch.no_grad():
+                tensors[i].copy_(new)
+        return tree_unflatten(flat[:count], self.out_tree)
+
+
+def jit(f: Callable | None = None, *, donate: tuple[int, ...] | int = ()) -> Any:
+    """Compile `f`, a function of pytrees of tensors: its first call with given shapes captures it as one graph,
+    optimises it and plans its memory; later calls run the result.
+
+    `donate`: positions of arguments whose memory the results may take over (the training state); the tensors passed
+    there must not be used afterwards. Leaves that aren't tensors (numbers, strings, modules) are static: another
+    value compiles anew, so pass what changes from call to call as a tensor.
+
+    Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
+    tensor data. In-place writes to arguments take effect after the call; in-place writes to tensors that `f` closes
+    over raise.
+    """
+    donate = (donate,) if isinstance(donate, int) else tuple(donate)
+    if f is None:
+        return lambda f: Jit(f, donate)
+    return Jit(f, donate)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), leaf
+
+
+def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
+    """Does a donated tensor share its memory with another argument?"""
+    seen = [t.untyped_storage().data_ptr() for t in tensors]
+    count: dict[int, int] = {}
+    for pointer in seen:
+        count[pointer] = count.get(pointer, 0) + 1
+    return any(count[seen[i]] > 1 and tensors[i].numel() for i in donated)

@@ -1,0 +1,47 @@
+"""Choices between equivalent kernels, timed once and remembered on disk for this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .toolchain import cache_folder, cpu_features, cpu_model
+
+
+class Choices:
+    """A table of timed choices, `{key: {"choice": name, "seconds": {name: best}}}`, one JSON file a machine, torch
+    version and topic. Processes may race: the last to save wins, and a damaged file counts as empty."""
+
+    def __init__(self, topic: str):
+        machine = "\0".join([cpu_model(), *sorted(cpu_features()), torch.__version__])
+        self.path: Path = cache_folder() / f"{topic}-{hashlib.sha256(machine.encode()).hexdigest()[:12]}.json"
+        try:
+            self.table: dict[str, Any] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.table = {}
+        self._changed = False
+
+    def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> str:
+        """The name of the remembered choice, measured now if there is none."""
+        if key not in self.table:
+            self.table[key] = measure()
+            self._changed = True
+        return self.table[key]["choice"]
+
+    def save(self) -> None:
+        """Write the table if it changed. A cache that can't be written only costs timing again."""
+        if not self._changed:
+            return
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
+                json.dump(self.table, file, indent=1)
+            os.replace(file.name, self.path)
+        except OSError:
+            pass
