@@ -1,0 +1,37 @@
+"""Making a model with its published initialisation, and the loss it is trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import ModelConfig
+from .gpt2 import GPT2
+from .llama import Llama
+
+KINDS = {"gpt2": GPT2, "llama": Llama}
+
+
+def build(config: ModelConfig, seed: int = 0) -> nn.Module:
+    """The model with weights from N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 n_layers)
+    (GPT-2's initialisation), biases zero. Depends on `seed` only; the global generator isn't touched."""
+    with torch.device("meta"):
+        model = KINDS[config.kind](config)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                residual = name.endswith("out.weight")
+                p.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02, generator=generator)
+    return model
+
+
+def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in nats per token."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())

@@ -1,0 +1,86 @@
+"""Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971): RMS norm, rotary positions, SwiGLU, grouped queries.
+
+Shapes: B batch, T time, D model width, H query heads, G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import ModelConfig
+
+
+def rotary(T: int, K: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the positions' rotations, each [T, K] (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
+    frequency = theta ** (-torch.arange(0, K, 2, dtype=torch.float64, device=device) / K)
+    angle = torch.outer(torch.arange(T, dtype=torch.float64, device=device), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
+    a, b = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos_TK + torch.cat([-b, a], dim=-1) * sin_TK
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.d_head = c.d_head
+        self.q = nn.Linear(c.d_model, c.n_heads * c.d_head, bias=False)
+        self.k = nn.Linear(c.d_model, c.n_kv_heads * c.d_head, bias=False)
+        self.v = nn.Linear(c.d_model, c.n_kv_heads * c.d_head, bias=False)
+        self.out = nn.Linear(c.n_heads * c.d_head, c.d_model, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        B, T, _ = x_BTD.shape
+        q, k, v = (p(x_BTD).view(B, T, -1, self.d_head).transpose(1, 2) for p in (self.q, self.k, self.v))
+        grouped = k.shape[1] != q.shape[1]
+        y_BHTK = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, is_causal=True, enable_gqa=grouped)
+        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.up = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.out = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.out(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.norm1, self.attention = nn.RMSNorm(c.d_model, eps=c.norm_eps), Attention(c)
+        self.norm2, self.feed_forward = nn.RMSNorm(c.d_model, eps=c.norm_eps), FeedForward(c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x_BTD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.norm1(x_BTD), rope))
+        return x_BTD + self.dropout(self.feed_forward(self.norm2(x_BTD)))
+
+
+class Llama(nn.Module):
+    """`forward(tokens_BT: int64) -> logits_BTV`."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.config = c
+        self.tokens = nn.Embedding(c.vocab_size, c.d_model)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.tokens(tokens_BT)
+        cos, sin = rotary(tokens_BT.shape[1], self.config.d_head, self.config.rope_theta, tokens_BT.device)
+        rope = cos.to(x_BTD.dtype), sin.to(x_BTD.dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rope)
+        return self.head(self.norm(x_BTD))
