@@ -112,7 +112,7 @@ def _extent(v: Value) -> int:
     """Bytes from the first element to the last."""
     if v.fake.numel() == 0:
         return 0
-    return (1 + sum((n - 1) * s for n, s in zip(v.shape, v.strides))) * v.fake.element_size()
+    return (1 + sum((n - 1) * s for n, s in zip(tuple(v.shape), v.strides))) * v.fake.element_size()
 
 
 def _own_peak(graph: Graph, plan: Plan, birth: dict[Value, int], death: dict[Value, int]) -> int:

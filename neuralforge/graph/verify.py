@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .ir import Graph, Value, leaves, map_tree
@@ -15,9 +17,9 @@ def verify(graph: Graph, types: bool = False) -> Graph:
     defined: set[Value] = set()
     names: set[str] = set()
 
-    def define(value: Value, where: str) -> None:
-        assert value not in defined, f"{value.typed} is defined twice, again in: {where}"
-        assert value.name not in names, f"two values are named {value.name}, the second in: {where}"
+    def define(value: Value, where: Any) -> None:
+        assert value not in defined, f"{value.typed} is defined twice, again in: {where!r}"
+        assert value.name not in names, f"two values are named {value.name}, the second in: {where!r}"
         defined.add(value)
         names.add(value.name)
 
@@ -27,7 +29,7 @@ def verify(graph: Graph, types: bool = False) -> Graph:
         for value in eq.inputs:
             assert value in defined, f"{value.name} is used before it is defined, in: {eq!r}"
         for value in eq.results:
-            define(value, repr(eq))
+            define(value, eq)
         if types:
             _check_types(eq)
     for value in leaves(graph.outputs):

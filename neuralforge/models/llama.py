@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cache import KeyValueCache, attention
 from .config import ModelConfig
 
+Rope = tuple[torch.Tensor, torch.Tensor]
 
-def rotary(T: int, K: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the positions' rotations, each [T, K] (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
+
+def rotary(start: int, T: int, K: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotations of T positions from `start`, each [T, K] (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
     frequency = theta ** (-torch.arange(0, K, 2, dtype=torch.float64, device=device) / K)
-    angle = torch.outer(torch.arange(T, dtype=torch.float64, device=device), frequency).repeat(1, 2)
+    angle = torch.outer(torch.arange(start, start + T, dtype=torch.float64, device=device), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
@@ -25,19 +28,19 @@ def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> 
 
 
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.d_head = c.d_head
+        self.layer, self.d_head, self.dropout = layer, c.d_head, c.dropout
         self.q = nn.Linear(c.d_model, c.n_heads * c.d_head, bias=False)
         self.k = nn.Linear(c.d_model, c.n_kv_heads * c.d_head, bias=False)
         self.v = nn.Linear(c.d_model, c.n_kv_heads * c.d_head, bias=False)
         self.out = nn.Linear(c.n_heads * c.d_head, c.d_model, bias=False)
 
-    def forward(self, x_BTD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: KeyValueCache | None = None) -> torch.Tensor:
         B, T, _ = x_BTD.shape
         q, k, v = (p(x_BTD).view(B, T, -1, self.d_head).transpose(1, 2) for p in (self.q, self.k, self.v))
-        grouped = k.shape[1] != q.shape[1]
-        y_BHTK = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, is_causal=True, enable_gqa=grouped)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTK = attention(rotate(q, *rope), rotate(k, *rope), v, cache, self.layer, dropout)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -53,14 +56,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.norm1, self.attention = nn.RMSNorm(c.d_model, eps=c.norm_eps), Attention(c)
+        self.norm1, self.attention = nn.RMSNorm(c.d_model, eps=c.norm_eps), Attention(c, layer)
         self.norm2, self.feed_forward = nn.RMSNorm(c.d_model, eps=c.norm_eps), FeedForward(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x_BTD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.norm1(x_BTD), rope))
+    def forward(self, x_BTD: torch.Tensor, rope: Rope, cache: KeyValueCache | None = None) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.norm1(x_BTD), rope, cache))
         return x_BTD + self.dropout(self.feed_forward(self.norm2(x_BTD)))
 
 
@@ -71,16 +74,19 @@ class Llama(nn.Module):
         super().__init__()
         self.config = c
         self.tokens = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.tokens.weight
 
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens_BT: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         x_BTD = self.tokens(tokens_BT)
-        cos, sin = rotary(tokens_BT.shape[1], self.config.d_head, self.config.rope_theta, tokens_BT.device)
+        T = tokens_BT.shape[1]
+        cos, sin = rotary(cache.length if cache else 0, T, self.config.d_head, self.config.rope_theta, tokens_BT.device)
         rope = cos.to(x_BTD.dtype), sin.to(x_BTD.dtype)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rope)
+            x_BTD = block(x_BTD, rope, cache)
+        if cache is not None:
+            cache.length += T
         return self.head(self.norm(x_BTD))
