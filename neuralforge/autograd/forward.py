@@ -11,7 +11,7 @@ from ..graph import source
 from ..graph.ir import op_name
 from ..graph.tracer import Tracer
 from .rules.table import find_definition, find_rule
-from .tape import missing_rule
+from .tape import descend, missing_rule
 
 
 class Forward(Tracer):
@@ -41,8 +41,7 @@ class Forward(Tracer):
         if found is None or in_kwargs or not found.forward:
             definition = find_definition(func)
             if definition is not None:
-                with self:
-                    return definition(*args, **kwargs)
+                return descend(self, func, definition, args, kwargs)
         out = func(*args, **kwargs)
         results = list(out) if isinstance(out, (tuple, list)) else [out]
         if not any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):

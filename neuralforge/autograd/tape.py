@@ -83,8 +83,7 @@ class Tape(Tracer):
             if any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):
                 raise missing_rule(func)
             return out
-        with self:
-            return found(*args, **kwargs)
+        return descend(self, func, found, args, kwargs)
 
     def node(self, x: Any) -> tuple[Node, int] | None:
         """Where on the tape `x` was made; None if it doesn't depend on a watched tensor."""
@@ -156,6 +155,19 @@ def fit(g: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     if g.dtype != dtype:
         g = torch.real(g).to(dtype) if g.is_complex() and not dtype.is_complex else g.to(dtype)
     return g
+
+
+def descend(tracer: Tracer, func: Any, definition: Callable, args: tuple, kwargs: dict) -> Any:
+    """Apply an operator's definition under `tracer`. PyTorch's definitions of some operators lead back to themselves
+    (through `torch._prims`); those have none."""
+    if tracer.descents.count(func) > 2:
+        raise missing_rule(func)
+    tracer.descents.append(func)
+    try:
+        with tracer:
+            return definition(*args, **kwargs)
+    finally:
+        tracer.descents.pop()
 
 
 def missing_rule(func: Any) -> DifferentiationError:

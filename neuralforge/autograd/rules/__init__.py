@@ -1,6 +1,20 @@
 """Derivative rules, a file for each family of operators."""
 
-from . import indexing, linalg, nn, pointwise, reduction, shape  # noqa: F401  (they register themselves)
+from . import (  # noqa: F401  (they register themselves)
+    convolution,
+    distance,
+    factorizations,
+    fft,
+    indexing,
+    linalg,
+    nn,
+    pointwise,
+    pooling,
+    reduction,
+    scatter,
+    shape,
+    special,
+)
 from .table import (
     Derivative,
     Joint,

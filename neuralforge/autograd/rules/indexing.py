@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .scatter import crop, pad_to
 from .table import Derivative, aten, linear, rule
 
 
@@ -18,10 +19,16 @@ def embedding(y, weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse
 
 @rule("embedding_dense_backward")
 def embedding_dense_backward(y, g, index, rows, padding_idx, scale_grad_by_freq):
-    if scale_grad_by_freq:
-        return None
-    keep = lambda h: h if padding_idx < 0 else h * (index != padding_idx).unsqueeze(-1).to(h.dtype)
-    return linear(lambda h: keep(aten.embedding(h, index)))
+    def vjp(h):
+        if padding_idx >= 0:
+            h = h * (torch.arange(rows, device=h.device) != padding_idx).unsqueeze(-1).to(h.dtype)
+        if scale_grad_by_freq:
+            flat = index.reshape(-1)
+            n = h.new_zeros(rows).index_add(0, flat, h.new_ones(flat.shape))
+            h = h / n.clamp(min=1).unsqueeze(-1)
+        return aten.embedding(h, index)
+
+    return linear(vjp)
 
 
 @rule("gather")
@@ -65,17 +72,9 @@ def scatter_add(y, x, dim, index, src):
         None,
         None,
         Derivative(
-            lambda g: _fill_to(g.gather(dim, index), shape), lambda t: torch.zeros_like(y).scatter_add(dim, index, t)
+            lambda g: pad_to(g.gather(dim, index), shape), lambda t: torch.zeros_like(y).scatter_add(dim, index, t)
         ),
     )
-
-
-def _fill_to(g, shape):
-    """Zeros where `src` was larger than the index and so was not read."""
-    if g.shape == shape:
-        return g
-    pad = [p for n, m in zip(reversed(shape), reversed(g.shape)) for p in (0, n - m)]
-    return aten.constant_pad_nd(g, pad, 0)
 
 
 @rule("scatter.src", "scatter.value")
@@ -90,7 +89,7 @@ def scatter(y, x, dim, index, src):
         None,
         None,
         Derivative(
-            lambda g: _fill_to(g.gather(dim, index), shape), lambda t: torch.zeros_like(y).scatter(dim, index, t)
+            lambda g: pad_to(g.gather(dim, index), shape), lambda t: torch.zeros_like(y).scatter(dim, index, t)
         ),
     )
 

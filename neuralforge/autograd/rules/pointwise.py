@@ -13,20 +13,21 @@ from .table import Derivative, aten, conj, diagonal, linear, nondifferentiable, 
 
 @rule("add")
 def add(y, a, b, *, alpha=1):
-    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, alpha), lambda t: _scale(t, alpha))
+    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, alpha), lambda t: _scale(t, conj(alpha)))
 
 
 @rule("sub")
 def sub(y, a, b, *, alpha=1):
-    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -alpha))
+    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -conj(alpha)))
 
 
 @rule("rsub")
 def rsub(y, a, b, alpha=1):
-    return Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -alpha)), Derivative(lambda g: g, lambda t: t)
+    return Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -conj(alpha))), Derivative(lambda g: g, lambda t: t)
 
 
 def _scale(x, factor):
+    """A cotangent times the conjugate of the factor (so that a tangent passes the factor's conjugate)."""
     return x if factor == 1 else -x if factor == -1 else x * conj(factor)
 
 
@@ -161,9 +162,45 @@ def cosh(y, x):
     return diagonal(lambda: x.sinh())
 
 
-@rule("erf")
-def erf(y, x):
-    return diagonal(lambda: (2 / math.sqrt(math.pi)) * (-x * x).exp())
+@rule("asin")
+def asin(y, x):
+    return diagonal(lambda: (1 - x * x).rsqrt())
+
+
+@rule("acos")
+def acos(y, x):
+    return diagonal(lambda: -(1 - x * x).rsqrt())
+
+
+@rule("atan")
+def atan(y, x):
+    return diagonal(lambda: 1 / (x * x + 1))
+
+
+@rule("asinh")
+def asinh(y, x):
+    return diagonal(lambda: (x * x + 1).rsqrt())
+
+
+@rule("acosh")
+def acosh(y, x):
+    return diagonal(lambda: (x * x - 1).rsqrt())
+
+
+@rule("atanh")
+def atanh(y, x):
+    return diagonal(lambda: 1 / (1 - x * x))
+
+
+@rule("atan2")
+def atan2(y, a, b):
+    over = lambda n: torch.where((a == 0) & (b == 0), 0, n / (a * a + b * b))
+    return diagonal(lambda: over(b)), diagonal(lambda: over(-a))
+
+
+@rule("hypot")
+def hypot(y, a, b):
+    return diagonal(lambda: a / y), diagonal(lambda: b / y)
 
 
 # ---- activations
@@ -216,6 +253,31 @@ def abs(y, x):
     if x.is_complex():
         return Derivative(lambda g: g * x.sgn(), lambda t: torch.real(conj(x.sgn()) * t))
     return diagonal(lambda: x.sgn())
+
+
+@rule("angle")
+def angle(y, x):
+    if not x.is_complex():
+        return None
+    turn = lambda: torch.where(x == 0, 0, x * 1j / (torch.real(x) ** 2 + torch.imag(x) ** 2))
+    return Derivative(lambda g: g * turn(), lambda t: torch.real(conj(turn()) * t))
+
+
+@rule("remainder")
+def remainder(y, a, b):
+    return Derivative(lambda g: g, lambda t: t), diagonal(lambda: -(a / b).floor())
+
+
+@rule("fmod")
+def fmod(y, a, b):
+    return Derivative(lambda g: g, lambda t: t), diagonal(lambda: -(a / b).trunc())
+
+
+@rule("frexp")
+def frexp(out, x):
+    exponent = out[1]
+    slope = lambda: torch.exp2(-exponent.to(x.dtype))
+    return Derivative(lambda gs: gs[0] * slope(), lambda t: (t * slope(), None))
 
 
 @rule("maximum", "fmax")

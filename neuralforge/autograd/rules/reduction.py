@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .table import Derivative, aten, conj, linear, rule
+from .table import Derivative, aten, conj, definition, linear, rule
 
 
 def keep_dims(x, dim, keepdim, ndim):
@@ -88,9 +88,12 @@ def select_extreme(out, x, *args, **kwargs):
     return Derivative(vjp, jvp)
 
 
-@rule("max", "min")
+@rule("max", "min", "median", "nanmedian")
 def extreme(y, x):
-    weights = lambda: (x == y).to(x.dtype) / (x == y).sum()
+    def weights():
+        mask = (x == y) | (x.isnan() & y.isnan())
+        return mask.to(x.dtype) / mask.sum()
+
     return Derivative(lambda g: g * weights(), lambda t: (t * weights()).sum())
 
 
@@ -148,6 +151,28 @@ def log_softmax(y, x, dim, half_to_float=False):
         lambda g: aten._log_softmax_backward_data(g, y, dim, dtype),
         lambda t: t.to(y.dtype) - (t * y.exp()).sum(dim, keepdim=True),
     )
+
+
+@rule("cummax", "cummin")
+def cummax(out, x, dim):
+    index, shape = out[1], x.shape
+    if not shape:
+        return Derivative(lambda gs: gs[0], lambda t: (t, None))
+    return Derivative(
+        lambda gs: gs[0].new_zeros(shape).scatter_add(dim, index, gs[0]), lambda t: (t.gather(dim, index), None)
+    )
+
+
+@definition("logcumsumexp")
+def logcumsumexp(x, dim):
+    """By doubling: log2(n) steps of logaddexp, each stable, and so are their derivatives."""
+    n = x.shape[dim] if x.dim() else 1
+    step = 1
+    while step < n:
+        moved = torch.logaddexp(x.narrow(dim, step, n - step), x.narrow(dim, 0, n - step))
+        x = torch.cat([x.narrow(dim, 0, step), moved], dim)
+        step *= 2
+    return x.clone() if n <= 1 else x
 
 
 @rule("cumsum")

@@ -189,3 +189,15 @@ def repeat(y, x, repeats):
 @rule("_conj", "_conj_physical", "conj_physical", "resolve_conj")
 def _conj(y, x):
     return Derivative(conj, conj)
+
+
+@rule("view_as_real")
+def view_as_real(y, x):
+    return linear(lambda g: torch.view_as_complex(g.contiguous()))
+
+
+@rule("view_as_complex")
+def view_as_complex(y, x):
+    return Derivative(
+        lambda g: torch.view_as_real(g.resolve_conj()), lambda t: torch.view_as_complex(t.contiguous())
+    )
