@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class Capture(Tracer):
         self.fake_mode = FakeMode()
         self._values: dict[int, Value] = {}  # id of a fake tensor -> its value, which keeps the tensor alive
         self._constants: dict[int, Value] = {}
+        self._names = itertools.count()
 
     def input(self, tensor: torch.Tensor) -> torch.Tensor:
         """A new graph input shaped like `tensor`; returns the fake tensor that stands for it."""
@@ -96,7 +98,7 @@ class Capture(Tracer):
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
     def _new(self, fake: torch.Tensor) -> Value:
-        value = Value(f"v{len(self._values)}", fake)
+        value = Value(f"v{next(self._names)}", fake)
         self._values[id(fake)] = value
         return value
 

@@ -1,0 +1,150 @@
+"""What a run tells: the progress bar, the metrics file, the curve, the last words."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..data import Baseline, Dataset
+from .config import Config
+
+
+class Report:
+    """Prints to the terminal and appends to `metrics.jsonl` in the run's folder (a line a step: loss in nats per
+    token, seconds, tokens per second, share of the measured peak)."""
+
+    def __init__(self, config: Config, out: Path):
+        self.config, self.out = config, out
+        self.console = Console(highlight=False)
+        self.model = config.model_config()
+        self.tokens_per_step = config.train.batch * config.train.accumulate * config.model.context
+        self._bar: Progress | None = None
+
+    def note(self, text: str) -> None:
+        """A line above the progress bar."""
+        (self._bar.console if self._bar else self.console).print(text, markup=False)
+
+    def start(self, done: int, dataset: Dataset, baseline: Baseline, peak: float) -> None:
+        self.dataset, self.baseline, self.peak = dataset, baseline, peak
+        self._drop_lines_after(done)
+        self.note(
+            f"model   {self.model.kind}, {self.model.parameter_count() / 1e6:.1f} M parameters, "
+            f"{self.model.n_layers} layers of width {self.model.d_model}"
+        )
+        self.note(
+            f"data    {dataset.source}: {len(dataset.train) / 1e6:.2f} M tokens to train on, {len(dataset.valid) / 1e6:.2f} M "
+            f"held out, {dataset.bytes_per_token:.2f} bytes per token"
+        )
+        self.note(f"bigram  {baseline.bigram:.3f} nats per token on the held-out text: the loss to beat")
+        self.note(f"into    {self.out}" + (f", resumed at step {done}" if done else ""))
+        self._began, self._first = time.perf_counter(), done
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as self._bar:
+            self._task = self._bar.add_task("training", total=self.config.train.steps, completed=self._first, facts="")
+            yield
+        self._bar = None
+
+    def step(self, done: int, loss: float, grad_norm: float, seconds: float) -> None:
+        rate = self.tokens_per_step / seconds
+        share = rate * self.model.flops_per_token() / self.peak
+        self._bar.update(
+            self._task, completed=done, facts=f"loss {loss:.3f}  {rate:,.0f} tokens/s  {share:.0%} of peak"
+        )
+        self._write(step=done, loss=loss, grad_norm=grad_norm, seconds=seconds, tokens_per_second=rate, peak_share=share)
+
+    def validation(self, done: int, loss: float) -> None:
+        self.note(f"step {done:>6}  validation loss {loss:.3f}, {self._bits(loss):.3f} bits per byte")
+        self._write(step=done, valid_loss=loss)
+
+    def finished(self, valid_loss: float | None) -> None:
+        if valid_loss is not None:
+            gap = self.baseline.bigram - valid_loss
+            verdict = f"{gap:.3f} below" if gap > 0 else f"{-gap:.3f} above"
+            self.note(
+                f"done    validation loss {valid_loss:.3f} ({self._bits(valid_loss):.3f} bits per byte), {verdict} the bigram "
+                f"model's {self.baseline.bigram:.3f}; {time.perf_counter() - self._began:.0f} s"
+            )
+        self.note(f"curve   {self.out / 'loss.png'}")
+
+    def interrupted(self, done: int) -> None:
+        self.note(f"stopped and saved at step {done}; go on with: neuralforge train --resume --out {self.out}")
+
+    def sample(self, text: str) -> None:
+        self.note("sample\n")
+        self.note(text)
+
+    def _bits(self, loss: float) -> float:
+        return loss / math.log(2) / self.dataset.bytes_per_token
+
+    def _write(self, **line: float) -> None:
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _drop_lines_after(self, done: int) -> None:
+        """Steps beyond the checkpoint that a resumed run starts from will be written again."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            path.write_text("".join(line for line in path.read_text().splitlines(True) if _step(line) <= done))
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a process that was killed
+        return math.inf
+
+
+def draw_curve(out: Path) -> None:
+    """Draw `metrics.jsonl` as loss.png and loss.svg."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path = out / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    if train:
+        axes.plot(*zip(*train), linewidth=1, label="training")
+    if valid:
+        axes.plot(*zip(*valid), marker="o", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if train or valid:
+        axes.legend()
+    for kind in ("png", "svg"):
+        figure.savefig(out / f"loss.{kind}", dpi=150)
+    plt.close(figure)
+
+
+def print_plan(config: Config) -> None:
+    """What a run would do, without doing it: model, work, and time at half of the measured peak."""
+    from ..bench import peak_flops
+
+    model, train = config.model_config(), config.train
+    tokens = train.batch * train.accumulate * config.model.context
+    flops = tokens * model.flops_per_token()
+    peak = peak_flops()
+    print(f"model       {model}")
+    print(f"parameters  {model.parameter_count():,}")
+    print(f"step        {tokens:,} tokens, {flops / 1e9:,.1f} GFLOP, {flops / peak.value:.3f} s at the measured peak of "
+          f"{peak.value / 1e9:,.0f} GFLOP/s ({peak.how})")  # fmt: skip
+    print(f"run         {train.steps:,} steps, {train.steps * tokens / 1e6:,.1f} M tokens, at least "
+          f"{train.steps * flops / peak.value / 60:.1f} minutes")  # fmt: skip
+    state = 3 * 4 * model.parameter_count()
+    print(f"state       {state / 1e6:,.1f} MB of parameters and moments")

@@ -1,0 +1,175 @@
+"""The training run. Reads from top to bottom: prepare, step, evaluate, save, report."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import resilience
+from ..bench import peak_flops
+from ..compiler import jit
+from ..data import Dataset, Sampler, bigram_loss, prepare, validation_batches
+from ..errors import CheckpointError
+from ..models import build, generate
+from .config import Config, dump
+from .report import Report, draw_curve, print_plan
+from .step import State, make_step
+
+
+def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
+    """Train as `config` says, into the folder `config.train.out`. With `resume`, go on from its newest checkpoint,
+    bit for bit as if never interrupted. With `dry_run`, print what would happen.
+
+    Ctrl-C finishes the step under way, saves and leaves. Raises NeuralForgeError for what the user can mend.
+    """
+    out = Path(config.train.out)
+    if dry_run:
+        return print_plan(config)
+    start = checkpoint_to_resume(out, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.toml").write_text(dump(config))
+    report = Report(config, out)
+    dataset = prepare_data(config, out, report)
+
+    torch.manual_seed(config.train.seed)
+    model = build(config.model_config(), config.train.seed)
+    init, step_fn, loss_fn = make_step(model, config)
+    step_fn, evaluate = jit(step_fn, donate=(0,)), jit(loss_fn)
+    state: State = init()
+    batch = config.train.batch * config.train.accumulate
+    sampler = Sampler(dataset.train, batch=batch, context=config.model.context, seed=config.train.seed)
+    done, valid_loss = 0, None
+    if start is not None:
+        state, done, valid_loss = restore(start, state, sampler)
+    report.start(done, dataset, bigram_loss(dataset.train, dataset.valid, config.data.vocab_size), peak_flops().value)
+
+    def validate() -> float:
+        model.eval()
+        batches = validation_batches(dataset.valid, config.train.batch, config.model.context, config.train.eval_batches)
+        losses = [evaluate(state["params"], b["tokens"]).item() for b in batches]
+        model.train()
+        return sum(losses) / len(losses)
+
+    def save() -> None:
+        tensors = {**resilience.flatten(state), "rng": torch.get_rng_state()}
+        metadata = {"step": done, "sampler": sampler.state_dict(), "valid_loss": valid_loss}
+        resilience.save(out / "checkpoints", done, tensors, metadata, keep=config.train.keep)
+
+    with stop_requested() as stop, report.progress():
+        while done < config.train.steps and not stop():
+            began = time.perf_counter()
+            state, metrics = step_fn(state, sampler.next()["tokens"])
+            loss = metrics["loss"].item()
+            done += 1
+            if not math.isfinite(loss):
+                raise CheckpointError(
+                    f"the loss is {loss} at step {done}; the newest checkpoint before it is kept in "
+                    f"{out / 'checkpoints'}. Lower --optimizer.lr or lengthen --schedule.warmup, and resume from it."
+                )
+            report.step(done, loss, metrics["grad_norm"].item(), time.perf_counter() - began)
+            last = done == config.train.steps
+            if done % config.train.eval_every == 0 or last:
+                valid_loss = validate()
+                report.validation(done, valid_loss)
+            if done % config.train.checkpoint_every == 0 or last or stop():
+                save()
+        interrupted = stop() and done < config.train.steps
+
+    draw_curve(out)
+    if interrupted:
+        report.interrupted(done)
+        sys.exit(130)
+    report.finished(valid_loss)
+    report.sample(sample(model, state, dataset, config))
+
+
+def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a new run. Raises CheckpointError where there is none to resume, or
+    where a new run would overwrite an old one."""
+    newest = resilience.latest(out / "checkpoints")
+    if resume and newest is None:
+        raise CheckpointError(f"{out}: no checkpoint to resume from. Start the run without --resume.")
+    if not resume and newest is not None:
+        raise CheckpointError(
+            f"{out}: a run is already here, at {newest.name}. Go on with it with --resume, or choose another folder "
+            f"with --out."
+        )
+    return newest
+
+
+def prepare_data(config: Config, out: Path, report: Report) -> Dataset:
+    data = config.data
+    return prepare(
+        data.path, Path(data.cache), data.vocab_size, data.valid_fraction, text_field=data.text_field, progress=report.note
+    )
+
+
+def restore(folder: Path, like: State, sampler: Sampler) -> tuple[State, int, float | None]:
+    """The training state of a checkpoint; sets the sampler and the random generator."""
+    tensors, metadata = resilience.load(folder)
+    torch.set_rng_state(tensors.pop("rng"))
+    state = resilience.unflatten(tensors, like)
+    sampler.load_state_dict(metadata["sampler"])
+    return state, metadata["step"], metadata["valid_loss"]
+
+
+def load_run(folder: Path) -> tuple[torch.nn.Module, Any, Config]:
+    """Model, tokenizer and configuration of a finished or interrupted run. Raises CheckpointError if there is none."""
+    from ..data import load_tokenizer
+    from .config import load
+
+    newest = resilience.latest(folder / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{folder}: no run with a checkpoint here. Train one with: neuralforge train --out {folder}")
+    config = load(folder / "config.toml")
+    tensors, _ = resilience.load(newest)
+    model = build(config.model_config(), 0)
+    params = {name: tensors[f"params.{name}"] for name, _ in model.named_parameters()}
+    model.load_state_dict(params, strict=False)
+    return model, load_tokenizer(folder / "tokenizer.json"), config
+
+
+def sample(model: torch.nn.Module, state: State, dataset: Dataset, config: Config) -> str:
+    """Text continued from the configured prompt by the trained weights."""
+    model.load_state_dict(state["params"], strict=False)
+    prompt = dataset.tokenizer.encode(config.sample.prompt)
+    tokens = generate(
+        model,
+        torch.tensor([prompt]),
+        config.sample.tokens,
+        config.sample.temperature,
+        config.sample.top_k,
+        torch.Generator().manual_seed(config.train.seed),
+    )
+    return dataset.tokenizer.decode(tokens[0].tolist())
+
+
+@contextmanager
+def stop_requested() -> Iterator[Any]:
+    """Within, the first Ctrl-C or SIGTERM only sets a flag, read by calling what this yields: a step works in place,
+    so it must not be torn in the middle. A second Ctrl-C interrupts at once."""
+    asked = False
+
+    def handler(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: no signals arrive here
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)

@@ -1,0 +1,73 @@
+"""Each pass leaves the results as they were and removes what it says."""
+
+import torch
+
+from neuralforge.compiler.passes import common_subexpressions, dead_code, fold_constants, simplify
+from neuralforge.graph import capture, verify
+
+
+def run(graph, *tensors):
+    return graph(*tensors)
+
+
+def names(graph):
+    return [eq.name for eq in graph.equations]
+
+
+def same(before, after, *tensors):
+    verify(after, types=True)
+    for a, b in zip(before(*tensors), after(*tensors)):
+        assert torch.equal(a, b)
+
+
+def test_dead_code():
+    x = torch.randn(3)
+    graph = capture(lambda x: (x.exp().sum(), x + 1)[1], x).graph
+    after = dead_code(graph)
+    assert names(after) == ["aten.add.Tensor"]
+    same(graph, after, x)
+
+
+def test_common_subexpressions():
+    x = torch.randn(3)
+    graph = capture(lambda x: (x.exp() + x.exp() * 1, x * 1, x * 1.0), x).graph
+    after = common_subexpressions(graph)
+    assert names(after).count("aten.exp") == 1
+    assert names(after).count("aten.mul.Tensor") == 3, "x * 1 and x * 1.0 are different programs"
+    same(graph, after, x)
+
+
+def test_random_operators_are_not_merged():
+    graph = capture(lambda x: torch.rand_like(x) + torch.rand_like(x), torch.ones(3)).graph
+    assert names(common_subexpressions(graph)).count("aten.rand_like") == 2
+
+
+def test_fold_constants():
+    x = torch.randn(4)
+    weight = torch.ones(4)
+    graph = capture(lambda x: x * torch.arange(4).cos() * torch.tensor(2.0) + weight.exp(), x).graph
+    after = fold_constants(graph)
+    assert "aten.arange.default" not in names(after) and "aten.cos" not in names(after)
+    assert "aten.exp" in names(after), "the owner of a captured tensor may change it"
+    same(graph, after, x)
+
+
+def test_simplify_identities_and_view_chains():
+    x = torch.randn(2, 3, 4)
+
+    def f(x):
+        y = x.detach().clone().to(torch.float32).reshape(2, 3, 4).view(6, 4).view(24).view(2, 3, 4)
+        return y.transpose(1, 2).transpose(1, 2).expand(2, 3, 4).permute(0, 2, 1).permute(2, 0, 1) + 1
+
+    graph = capture(f, x).graph
+    after = dead_code(simplify(graph))
+    assert names(after) == ["aten.permute", "aten.add.Tensor"]
+    same(graph, after, x)
+
+
+def test_simplify_keeps_what_changes_memory_layout():
+    x = torch.randn(3, 4)
+    graph = capture(lambda x: x.t().contiguous().view(-1) * 1, x).graph
+    after = dead_code(simplify(graph))
+    assert "aten.clone" in names(after)
+    same(graph, after, x)

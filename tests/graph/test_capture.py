@@ -1,0 +1,152 @@
+"""Capture: what a graph holds, purity, and errors that name the user's line."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neuralforge.errors import CaptureError
+from neuralforge.graph import capture, verify
+
+
+def check(f, *args):
+    """The captured graph computes what eager code does, and leaves the arguments as eager code does."""
+    captured = capture(f, *args)
+    verify(captured.graph, types=True)
+    eager_args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    torch.manual_seed(0)
+    expected = f(*eager_args)
+    torch.manual_seed(0)
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    results = captured.graph(*tensors)
+    flat = expected if isinstance(expected, tuple) else (expected,)
+    for got, want in zip(results, flat):
+        assert torch.equal(got, want)
+    for position, new in zip(captured.writes, results[len(flat):]):
+        assert torch.equal(new, eager_args[position])
+    for tensor, old in zip(tensors, before):
+        assert torch.equal(tensor, old), "running a graph must not write to its inputs"
+    return captured
+
+
+def test_a_layer():
+    def f(x, w, b):
+        return F.gelu(F.linear(x, w, b)).softmax(-1)
+
+    graph = check(f, torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)).graph
+    assert "aten.addmm" in str(graph)
+    assert "test_capture.py:" in str(graph), "every equation names the user's line"
+
+
+def test_structure_of_results_and_static_values():
+    captured = capture(lambda x: {"a": x + 1, "n": 3, "none": None}, torch.ones(2))
+    assert captured.graph.outputs[1] == 3
+    assert captured.out_tree.num_leaves == 3
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.add_(1),
+        lambda x: x[0].mul_(3),
+        lambda x: x.view(-1)[1:3].fill_(7.0),
+        lambda x: x.t().select(0, 1).copy_(torch.arange(2.0)),
+        lambda x: x.diagonal().zero_(),
+        lambda x: x.unbind(0)[1].sub_(2),
+        lambda x: x.split(1, dim=1)[2].neg_(),
+        lambda x: x.permute(1, 0)[2].add_(5),
+        lambda x: x.unsqueeze(0).squeeze(0).mul_(2),
+        lambda x: torch.mul(x, 2, out=x),
+        lambda x: x.as_strided((2,), (3,)).add_(1),
+    ],
+)
+def test_writes_through_views_are_functional(write):
+    def f(x):
+        y = x * 1
+        view = y[1]
+        write(y)
+        write(y)
+        return y, view * 2, y.sum()
+
+    check(f, torch.randn(2, 3))
+
+
+def test_write_through_a_view_made_after_a_write():
+    def f(x):
+        y = x * 1
+        y.add_(1)
+        row = y[0]
+        row.mul_(2)
+        y.sub_(3)
+        row.add_(10)
+        return y, row
+
+    check(f, torch.randn(2, 3))
+
+
+def test_writes_to_arguments_are_reported():
+    def f(x, y):
+        x[0].add_(y[0])
+        return x.sum()
+
+    assert check(f, torch.ones(2, 3), torch.ones(2, 3)).writes == [0]
+
+
+def test_dtype_of_an_in_place_result_is_kept():
+    def f(x):
+        y = x.to(torch.int64)
+        y.add_(1)
+        return y
+
+    check(f, torch.ones(3))
+
+
+def test_random_operators_are_captured_not_baked_in():
+    captured = check(lambda x: F.dropout(x, 0.5), torch.ones(64))
+    first, second = captured.graph(torch.ones(64))[0], captured.graph(torch.ones(64))[0]
+    assert not torch.equal(first, second)
+
+
+def test_constants_are_held_by_reference():
+    weight = torch.ones(3)
+    captured = capture(lambda x: x * weight, torch.ones(3))
+    weight.fill_(5.0)
+    assert captured.graph(torch.ones(3))[0].tolist() == [5, 5, 5]
+
+
+def test_a_large_model_costs_no_memory():
+    layer = torch.nn.Linear(100_000, 100_000, device="meta")
+    w = layer.weight
+    with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
+        w, x = torch.empty(100_000, 100_000), torch.empty(1, 100_000)
+    del mode
+    captured = capture(lambda x, w: x @ w.t(), x, w)  # 40 GB, if it were real
+    assert captured.graph.outputs[0].shape == (1, 100_000)
+
+
+def branch(x):
+    if x.sum() > 0:
+        return x
+    return -x
+
+
+def test_data_dependent_branch():
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: the program asks for the value of a tensor"):
+        capture(branch, torch.ones(2))
+
+
+def test_data_dependent_shape():
+    with pytest.raises(CaptureError, match="shape depends on the data"):
+        capture(lambda x: x[x > 0], torch.ones(2))
+
+
+def test_write_to_a_captured_constant():
+    total = torch.zeros(2)
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: in-place write to a captured constant.*\(2,\)"):
+        capture(lambda x: total.add_(x), torch.ones(2))
+    assert total.tolist() == [0, 0]
+
+
+def test_refused_in_place_operator():
+    with pytest.raises(CaptureError, match="changes a tensor's shape in place"):
+        capture(lambda x: (x * 1).t_(), torch.ones(2, 3))
