@@ -1,5 +1,10 @@
 """Measuring: what the machine can do, and what a program does."""
 
+from .memory import peak_resident_bytes, reset_peak, resident_bytes
 from .peak import Peak, bandwidth, peak_flops
+from .stats import Timing, alternate, ratio_interval
 
-__all__ = ["Peak", "bandwidth", "peak_flops"]
+__all__ = [
+    "Peak", "Timing", "alternate", "bandwidth", "peak_flops", "peak_resident_bytes", "ratio_interval", "reset_peak",
+    "resident_bytes",
+]  # fmt: skip

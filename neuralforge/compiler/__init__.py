@@ -1,5 +1,6 @@
 """The compiler: passes over the captured graph, the memory plan, and the executor."""
 
+from .explain import explain
 from .jit import jit
 
-__all__ = ["jit"]
+__all__ = ["explain", "jit"]

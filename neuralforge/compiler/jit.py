@@ -11,21 +11,12 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import CaptureError
-from ..graph import Captured, Graph, capture, verify
+from ..graph import Captured, capture
 from ..graph.source import user_line
 from .executor import Program
 from .kernels import destination_kernel
-from .passes import common_subexpressions, dead_code, fold_constants, simplify
+from .pipeline import optimise
 from .products import choose_products
-
-PASSES: list[Callable[[Graph], Graph]] = [
-    simplify,
-    dead_code,
-    fold_constants,
-    simplify,
-    common_subexpressions,
-    dead_code,
-]
 
 CACHE_SIZE = 64
 
@@ -63,17 +54,16 @@ class Jit:
                 f"neither a tensor nor hashable. Pass tensors, numbers, strings, or pytrees of them."
             ) from e
         if compiled is None:
-            donated = self._donated(args, kwargs)
             captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
-            compiled = self._compiled[key] = Compiled(captured, donated)
+            compiled = self._compiled[key] = self.compile(args, kwargs, captured)
             while len(self._compiled) > CACHE_SIZE:
                 self._compiled.popitem(last=False)
         else:
             self._compiled.move_to_end(key)
         return compiled, tensors
 
-    def _donated(self, args: tuple, kwargs: dict) -> list[int]:
-        """Positions of the donated among the tensor leaves."""
+    def compile(self, args: tuple, kwargs: dict, captured: Captured) -> Compiled:
+        """Compile what was captured for these arguments."""
         for n in self.donate:
             if not 0 <= n < len(args):
                 raise CaptureError(
@@ -81,17 +71,14 @@ class Jit:
                     f"arguments must be passed by position."
                 )
         flags = [n in self.donate for n, arg in enumerate(args) for leaf in tree_flatten(arg)[0] if _is_tensor(leaf)]
-        return [i for i, flag in enumerate(flags) if flag]
+        return Compiled(captured, [i for i, flag in enumerate(flags) if flag])
 
 
 class Compiled:
     """A captured function with its optimised graph and its program."""
 
     def __init__(self, captured: Captured, donated: list[int]):
-        graph = captured.graph
-        for transform in PASSES:
-            graph = verify(transform(graph))
-        self.graph = graph
+        self.graph = graph = optimise(captured.graph)
         self.out_tree: TreeSpec = captured.out_tree
         self.writes = captured.writes
         # What the function itself writes to can't be given away.

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from ..data import Baseline, Dataset
+from ..data import Dataset
+from ..models import ModelConfig
 from .config import Config
 
 
@@ -23,7 +33,6 @@ class Report:
     def __init__(self, config: Config, out: Path):
         self.config, self.out = config, out
         self.console = Console(highlight=False)
-        self.model = config.model_config()
         self.tokens_per_step = config.train.batch * config.train.accumulate * config.model.context
         self._bar: Progress | None = None
 
@@ -31,8 +40,23 @@ class Report:
         """A line above the progress bar."""
         (self._bar.console if self._bar else self.console).print(text, markup=False)
 
-    def start(self, done: int, dataset: Dataset, baseline: Baseline, peak: float) -> None:
-        self.dataset, self.baseline, self.peak = dataset, baseline, peak
+    @contextmanager
+    def preparing(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Yields what `data.prepare` tells its progress to: (stage, bytes done, bytes in all)."""
+        columns = (TextColumn("{task.description} the text"), BarColumn(), DownloadColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done, total=total)
+
+            yield progress
+
+    def start(self, done: int, model: ModelConfig, dataset: Dataset, baseline: float, peak: float) -> None:
+        """The facts of the run; `baseline` is the bigram model's loss, `peak` the machine's FLOP/s."""
+        self.model, self.dataset, self.baseline, self.peak = model, dataset, baseline, peak
         self._drop_lines_after(done)
         self.note(
             f"model   {self.model.kind}, {self.model.parameter_count() / 1e6:.1f} M parameters, "
@@ -42,7 +66,7 @@ class Report:
             f"data    {dataset.source}: {len(dataset.train) / 1e6:.2f} M tokens to train on, {len(dataset.valid) / 1e6:.2f} M "
             f"held out, {dataset.bytes_per_token:.2f} bytes per token"
         )
-        self.note(f"bigram  {baseline.bigram:.3f} nats per token on the held-out text: the loss to beat")
+        self.note(f"bigram  {baseline:.3f} nats per token on the held-out text: the loss to beat")
         self.note(f"into    {self.out}" + (f", resumed at step {done}" if done else ""))
         self._began, self._first = time.perf_counter(), done
 
@@ -71,11 +95,11 @@ class Report:
 
     def finished(self, valid_loss: float | None) -> None:
         if valid_loss is not None:
-            gap = self.baseline.bigram - valid_loss
+            gap = self.baseline - valid_loss
             verdict = f"{gap:.3f} below" if gap > 0 else f"{-gap:.3f} above"
             self.note(
                 f"done    validation loss {valid_loss:.3f} ({self._bits(valid_loss):.3f} bits per byte), {verdict} the bigram "
-                f"model's {self.baseline.bigram:.3f}; {time.perf_counter() - self._began:.0f} s"
+                f"model's {self.baseline:.3f}; {time.perf_counter() - self._began:.0f} s"
             )
         self.note(f"curve   {self.out / 'loss.png'}")
 

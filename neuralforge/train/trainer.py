@@ -16,10 +16,10 @@ import torch
 from .. import resilience
 from ..bench import peak_flops
 from ..compiler import jit
-from ..data import Dataset, Sampler, bigram_loss, prepare, validation_batches
+from ..data import Dataset, Sampler, Tokenizer, bigram_loss, prepare, validation_batches
 from ..errors import CheckpointError
 from ..models import build, generate
-from .config import Config, dump
+from .config import Config, dump, load
 from .report import Report, draw_curve, print_plan
 from .step import State, make_step
 
@@ -37,10 +37,12 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.toml").write_text(dump(config))
     report = Report(config, out)
-    dataset = prepare_data(config, out, report)
+    dataset = prepare_data(config, report)
+    dataset.tokenizer.save(out / "tokenizer.json")
 
     torch.manual_seed(config.train.seed)
-    model = build(config.model_config(), config.train.seed)
+    model_config = config.model_config(dataset.tokenizer.vocab_size)
+    model = build(model_config, config.train.seed)
     init, step_fn, loss_fn = make_step(model, config)
     step_fn, evaluate = jit(step_fn, donate=(0,)), jit(loss_fn)
     state: State = init()
@@ -49,7 +51,8 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     done, valid_loss = 0, None
     if start is not None:
         state, done, valid_loss = restore(start, state, sampler)
-    report.start(done, dataset, bigram_loss(dataset.train, dataset.valid, config.data.vocab_size), peak_flops().value)
+    baseline = bigram_loss(dataset.train, dataset.valid, model_config.vocab_size)
+    report.start(done, model_config, dataset, baseline, peak_flops().value)
 
     def validate() -> float:
         model.eval()
@@ -66,7 +69,7 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     with stop_requested() as stop, report.progress():
         while done < config.train.steps and not stop():
             began = time.perf_counter()
-            state, metrics = step_fn(state, sampler.next()["tokens"])
+            state, metrics = step_fn(state, next(sampler)["tokens"])
             loss = metrics["loss"].item()
             done += 1
             if not math.isfinite(loss):
@@ -105,11 +108,10 @@ def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
     return newest
 
 
-def prepare_data(config: Config, out: Path, report: Report) -> Dataset:
+def prepare_data(config: Config, report: Report) -> Dataset:
     data = config.data
-    return prepare(
-        data.path, Path(data.cache), data.vocab_size, data.valid_fraction, text_field=data.text_field, progress=report.note
-    )
+    with report.preparing() as progress:
+        return prepare(data.path, Path(data.cache), data.vocab_size, data.valid_fraction, data.text_field, progress)
 
 
 def restore(folder: Path, like: State, sampler: Sampler) -> tuple[State, int, float | None]:
@@ -121,20 +123,18 @@ def restore(folder: Path, like: State, sampler: Sampler) -> tuple[State, int, fl
     return state, metadata["step"], metadata["valid_loss"]
 
 
-def load_run(folder: Path) -> tuple[torch.nn.Module, Any, Config]:
+def load_run(folder: Path) -> tuple[torch.nn.Module, Tokenizer, Config]:
     """Model, tokenizer and configuration of a finished or interrupted run. Raises CheckpointError if there is none."""
-    from ..data import load_tokenizer
-    from .config import load
-
     newest = resilience.latest(folder / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{folder}: no run with a checkpoint here. Train one with: neuralforge train --out {folder}")
     config = load(folder / "config.toml")
     tensors, _ = resilience.load(newest)
-    model = build(config.model_config(), 0)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    model = build(config.model_config(tokenizer.vocab_size), 0)
     params = {name: tensors[f"params.{name}"] for name, _ in model.named_parameters()}
     model.load_state_dict(params, strict=False)
-    return model, load_tokenizer(folder / "tokenizer.json"), config
+    return model, tokenizer, config
 
 
 def sample(model: torch.nn.Module, state: State, dataset: Dataset, config: Config) -> str:

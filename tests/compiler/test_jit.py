@@ -144,3 +144,16 @@ def test_torch_autograd_inputs_are_accepted():
     w = torch.nn.Parameter(torch.ones(3))
     out = nf.jit(lambda w: w * 2)(w)
     assert not out.requires_grad and out.tolist() == [2, 2, 2]
+
+
+def test_explain():
+    @nf.jit(donate=0)
+    def step(w, x):
+        return w - 0.1 * nf.grad(lambda w: (x @ w).square().mean())(w), x @ w
+
+    told = nf.explain(step, torch.randn(8, 4), torch.randn(3, 8))
+    text = str(told)
+    assert [name for name, _ in told.stages][0] == "captured"
+    assert len(told.stages[-1][1].equations) < len(told.stages[0][1].equations)
+    assert "aten.mm" in text and "test_jit.py:" in text and "1 in that of donated arguments" in text
+    assert told.program.startswith("def program(")

@@ -1,0 +1,188 @@
+"""One training step of a GPT, side by side: ours, PyTorch eager, torch.compile, and JAX where it is installed.
+
+    python benchmarks/step.py [--model gpt2|llama] [--rounds 10] [--only ours eager] [--no-memory]
+
+The step is forward, backward, clipping to global norm 1 and AdamW, float32, on the same weights and tokens. Times
+alternate in one process. First step and peak memory are taken in a fresh process each, with empty compiler caches
+(`ours, kernels built` has the once-per-machine choices and libraries of an earlier run, as every run but the first).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.func import functional_call
+
+import neuralforge as nf
+from neuralforge.bench import (
+    alternate,
+    peak_flops,
+    peak_resident_bytes,
+    ratio_interval,
+    reset_peak,
+    resident_bytes,
+)
+from neuralforge.kernels.toolchain import cpu_model, isa
+from neuralforge.models import ModelConfig, build, next_token_loss
+
+LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
+MODELS = {
+    # 17.0 M parameters: output layer not tied to the embedding.
+    "gpt2": (ModelConfig("gpt2", 8192, 256, 384, 6, 6, 6, 1536, tie_embeddings=False), 8),
+    # 50 M: RMS norm, rotary, SwiGLU, grouped queries.
+    "llama": (ModelConfig("llama", 8192, 256, 640, 8, 10, 5, 1728, tie_embeddings=False), 4),
+}
+
+
+def tokens_for(config: ModelConfig, batch: int) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (batch, config.context + 1), generator=torch.Generator().manual_seed(1))
+
+
+def ours(config: ModelConfig, batch: int) -> Callable[[], float]:
+    model, tokens = build(config, 0), tokens_for(config, batch)
+    optimizer = nf.optim.adamw(LR, BETAS, EPS, DECAY)
+
+    def loss_fn(params, tokens):
+        return next_token_loss(functional_call(model, params, (tokens[:, :-1],)), tokens[:, 1:])
+
+    def step(state, tokens):
+        loss, grads = nf.value_and_grad(loss_fn)(state["params"], tokens)
+        grads, _ = nf.optim.clip_by_global_norm(grads, CLIP)
+        params, optimizer_state = optimizer.update(grads, state["optimizer"], state["params"])
+        return {"params": params, "optimizer": optimizer_state}, loss
+
+    step = nf.jit(step, donate=0)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    state = {"params": params, "optimizer": optimizer.init(params)}
+
+    def run() -> float:
+        nonlocal state
+        state, loss = step(state, tokens)
+        return loss.item()
+
+    return run
+
+
+def eager(config: ModelConfig, batch: int, compiled: bool = False) -> Callable[[], float]:
+    model, tokens = build(config, 0), tokens_for(config, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, DECAY, fused=True)
+    forward = lambda: next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+    forward = torch.compile(forward) if compiled else forward
+
+    def run() -> float:
+        loss = forward()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return run
+
+
+def with_jax(config: ModelConfig, batch: int) -> Callable[[], float]:
+    from jax_step import make_step  # beside this file
+
+    weights = {name: p.detach().numpy() for name, p in build(config, 0).named_parameters()}
+    return make_step(config, weights, tokens_for(config, batch).numpy(), LR, BETAS, EPS, DECAY, CLIP)
+
+
+CANDIDATES: dict[str, Callable[[ModelConfig, int], Callable[[], float]]] = {
+    "ours": ours,
+    "eager": eager,
+    "compile": lambda config, batch: eager(config, batch, compiled=True),
+    "jax": with_jax,
+}
+
+
+def fresh(name: str, model: str, cache: str | None = None) -> dict[str, float]:
+    """First-step time and peak memory of a candidate in a process of its own, its caches in the folder `cache`."""
+    with tempfile.TemporaryDirectory() as empty:
+        cache = cache or empty
+        env = {**os.environ, "NEURALFORGE_CACHE": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        done = subprocess.run(
+            [sys.executable, __file__, "--fresh", name, "--model", model], env=env, capture_output=True, text=True
+        )
+    if done.returncode:
+        raise SystemExit(f"{name} failed in a fresh process:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report_fresh(name: str, model: str) -> None:
+    config, batch = MODELS[model]
+    run = CANDIDATES[name](config, batch)
+    before = resident_bytes()
+    reset_peak()
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    if name in ("compile", "jax"):  # the compiler's own memory is not the step's
+        reset_peak()
+    run()
+    run()
+    print(json.dumps({"first": first, "peak": peak_resident_bytes() - before, "total": peak_resident_bytes()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="gpt2")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes")
+    parser.add_argument("--fresh", choices=CANDIDATES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.fresh:
+        return report_fresh(args.fresh, args.model)
+
+    console = Console(width=130)
+    config, batch = MODELS[args.model]
+    flops = config.flops_per_token() * batch * config.context
+    peak = peak_flops()
+    names = [n for n in args.only if n != "jax" or importlib.util.find_spec("jax")]
+    console.print(
+        f"{args.model}: {config.parameter_count() / 1e6:.1f} M parameters, {batch} x {config.context} tokens, "
+        f"{flops / 1e9:.0f} GFLOP a step; {cpu_model()}, {isa()}, {torch.get_num_threads()} threads, measured peak "
+        f"{peak.value / 1e9:.0f} GFLOP/s"
+    )
+    runs = {name: CANDIDATES[name](config, batch) for name in names}
+    losses = {name: [run() for _ in range(3)] for name, run in runs.items()}
+    for name, values in losses.items():
+        console.print(f"losses of the first steps, {name}: " + ", ".join(f"{v:.4f}" for v in values))
+    spread = max(abs(v[2] - losses[names[0]][2]) for v in losses.values())
+    if spread > 2e-3:
+        raise SystemExit(f"the candidates disagree by {spread:.4f} after three steps: they don't run the same step")
+
+    timings = alternate(runs, args.rounds)
+    table = Table(title="whole training step")
+    for column in ("", "best s", "median s", "CPU s", "of peak (best)", "first step s", "peak memory MB"):
+        table.add_column(column, justify="left" if not column else "right")
+    with tempfile.TemporaryDirectory() as shared:
+        for name, t in timings.items():
+            extra = {"first": float("nan"), "peak": float("nan")} if args.no_memory else fresh(name, args.model, shared)
+            table.add_row(
+                name, f"{t.best:.3f}", f"{t.median:.3f}", f"{t.cpu_median:.3f}", f"{flops / t.best / peak.value:.0%}",
+                f"{extra['first']:.1f}", f"{extra['peak'] / 1e6:.0f}",
+            )  # fmt: skip
+        if "ours" in names and not args.no_memory:
+            again = fresh("ours", args.model, shared)
+            table.add_row("ours, kernels built", "", "", "", "", f"{again['first']:.1f}", f"{again['peak'] / 1e6:.0f}")
+    console.print(table)
+    for name in names:
+        if name != "ours" and "ours" in names:
+            middle, low, high = ratio_interval(timings[name].wall, timings["ours"].wall)
+            console.print(f"{name} / ours: {middle:.2f} x (95 % interval {low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The passes, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..graph import Graph, verify
+from .passes import common_subexpressions, dead_code, fold_constants, simplify
+
+PASSES: list[Callable[[Graph], Graph]] = [
+    simplify,
+    dead_code,
+    fold_constants,
+    simplify,
+    common_subexpressions,
+    dead_code,
+]
+
+
+def optimise(graph: Graph) -> Graph:
+    """The graph after all passes."""
+    for _, graph in stages(graph):
+        pass
+    return graph
+
+
+def stages(graph: Graph) -> Iterator[tuple[str, Graph]]:
+    """Each pass's name with the graph after it; the verifier runs in between."""
+    for transform in PASSES:
+        graph = verify(transform(graph))
+        yield transform.__name__, graph
