@@ -27,11 +27,12 @@ _order = itertools.count()
 
 class Node:
     """One operator's place on the tape. `edges` lead to its arguments: (parent, vjp, like), each of parent and like
-    being a list where the argument is a list of tensors. A watched input is a node without edges."""
+    being a list where the argument is a list of tensors. A watched input is a node without edges. `results` counts
+    the tensors returned; None: one, by itself."""
 
     __slots__ = ("order", "edges", "results", "name", "source")
 
-    def __init__(self, edges: list | None, results: int, name: str):
+    def __init__(self, edges: list | None, results: int | None, name: str):
         self.order = next(_order)
         self.edges = edges
         self.results = results
@@ -48,7 +49,7 @@ class Tape(Tracer):
     def watch(self, x: torch.Tensor) -> torch.Tensor:
         """An alias of `x` to compute with: derivatives are taken with respect to it."""
         alias = torch.ops.aten.alias.default(x)
-        alias.__dict__[self.key] = Node([], 1, "input"), 0
+        alias.__dict__[self.key] = Node([], None, "input"), 0
         return alias
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -69,7 +70,7 @@ class Tape(Tracer):
             return out
         edges = _edges(func, derivatives, args, parents)
         if edges:
-            node = Node(edges, len(results), op_name(func))
+            node = Node(edges, None if results[0] is out else len(results), op_name(func))
             for i, r in enumerate(results):
                 if isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()):
                     r.__dict__[key] = (node, i)
@@ -101,7 +102,7 @@ class Tape(Tracer):
             node, index = at
             slots = pending.get(node)
             if slots is None:
-                slots = pending[node] = [None] * node.results
+                slots = pending[node] = [None] * (node.results or 1)
                 heapq.heappush(heap, node)
             slots[index] = g if slots[index] is None else slots[index] + g
 
@@ -123,7 +124,7 @@ class Tape(Tracer):
                     "this pullback has been used already and its tape freed. Ask for it with nf.vjp, whose pullback "
                     "may be called any number of times."
                 )
-            g = slots[0] if node.results == 1 else tuple(slots)
+            g = slots[0] if node.results is None else tuple(slots)
             slots = None
             edges = node.edges
             if not keep:

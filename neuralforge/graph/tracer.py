@@ -65,8 +65,13 @@ class Tracer(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         traits = operator_traits(func)
+        if traits.makes_complex or any(_is_complex(a) for a in args):
+            with _lazy_conjugates():
+                return self._dispatch(func, traits, args, kwargs or {})
+        return self._dispatch(func, traits, args, kwargs or {})
+
+    def _dispatch(self, func: Callable, traits: Traits, args: tuple, kwargs: dict) -> Any:
         if traits.passive:
             return func(*args, **kwargs)
         if traits.written:
@@ -119,7 +124,7 @@ class Tracer(TorchDispatchMode):
         groups = [kwargs[name] if at is None else args[at] for name, at in traits.written]
         targets = [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
         with self:
-            values = _functional(func, map_tree(self.now, args), map_tree(self.now, kwargs), len(targets))
+            values, result = _functional(func, map_tree(self.now, args), map_tree(self.now, kwargs), len(targets))
         for target, value in zip(targets, values):
             if value.shape != target.shape:
                 raise CaptureError(
@@ -130,6 +135,8 @@ class Tracer(TorchDispatchMode):
                 with self:
                     value = value.to(target.dtype)
             self._assign(target, value)
+        if result is not None:
+            return result
         return groups[0] if len(groups) == 1 else tuple(groups)
 
     def _assign(self, x: torch.Tensor, value: torch.Tensor) -> None:
@@ -150,6 +157,20 @@ class Tracer(TorchDispatchMode):
         """Called at the first write to a tensor that wasn't made inside. Subclasses may refuse."""
 
 
+def _is_complex(x: Any) -> bool:
+    if isinstance(x, torch.Tensor):
+        return x.is_complex()
+    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], torch.Tensor) and x[0].is_complex()
+
+
+def _lazy_conjugates() -> Any:
+    """Let the dispatcher resolve lazily conjugated tensors. It doesn't inside a dispatch mode's handler, so that what
+    is called there (linalg.pinv of a complex matrix, say) would silently compute with unconjugated numbers."""
+    key = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(key.Conjugate).remove(key.Negative)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 @dataclass(frozen=True)
 class Traits:
     """What the tracer needs to know of an operator."""
@@ -162,6 +183,8 @@ class Traits:
     composite: bool
     """PyTorch defines it by other operators. Those called from user code arrive here already decomposed; those
     called while a tracer is at work (by a derivative rule, say) do not."""
+    makes_complex: bool
+    """It may give complex results from real arguments."""
 
 
 @cache
@@ -177,7 +200,9 @@ def operator_traits(func: Any) -> Traits:
             is_view = any(r.alias_info is not None for r in schema.returns)
     passive = func.namespace == "prim" or not any("Tensor" in str(r.type) for r in schema.returns) and not written
     composite = func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return Traits(tuple(written), is_view, passive and func is not aten._local_scalar_dense.default, composite)
+    passive = passive and torch.Tag.data_dependent_output not in func.tags
+    makes_complex = any(word in func._schema.name for word in ("fft", "eig", "complex", "polar"))
+    return Traits(tuple(written), is_view, passive, composite, makes_complex)
 
 
 # In-place operators whose functional twin has another name or overload.
@@ -185,13 +210,16 @@ _TWINS: dict[str, Any] = {
     "aten::bernoulli_.float": lambda x, p=0.5, **kwargs: aten.bernoulli.p(x, p, **kwargs),
     "aten::normal_": aten.normal_functional.default,
     "aten::_native_batch_norm_legit": aten._native_batch_norm_legit_functional.default,
+    "aten::_batch_norm_with_update": aten._batch_norm_with_update_functional.default,
+    "aten::rrelu_with_noise": aten.rrelu_with_noise_functional.default,
 }
 _REFUSED = {"resize_", "resize_as_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_strided_"}
 
 
-def _functional(func: Any, args: tuple, kwargs: dict, count: int) -> list[torch.Tensor]:
-    """The new values of the `count` written tensors, computed without writing."""
-    name, overload = func._schema.name.split("::")[1], func._overloadname
+def _functional(func: Any, args: tuple, kwargs: dict, count: int) -> tuple[list[torch.Tensor], Any]:
+    """The new values of the `count` written tensors, computed without writing, and what the operator returns if that
+    isn't the written tensors themselves."""
+    name, overload = func._schema.name.split("::")[1], func._schema.overload_name
     if name in _REFUSED:
         raise CaptureError(
             f"{user_line()}: {name} changes a tensor's shape in place, which a graph of pure operators can't express. "
@@ -205,7 +233,7 @@ def _functional(func: Any, args: tuple, kwargs: dict, count: int) -> list[torch.
         if written & {a.name for a in func._schema.arguments if a.is_out}:  # mm.out -> mm, sum.IntList_out -> sum.dim_IntList
             kwargs = {k: v for k, v in kwargs.items() if k not in written}
             new = packet(*args, **kwargs)
-            return list(new) if isinstance(new, (tuple, list)) else [new]
+            return (list(new) if isinstance(new, (tuple, list)) else [new]), None
         twin = getattr(packet, overload or "default", None) if name.endswith("_") else None
     if twin is None:
         raise CaptureError(
@@ -216,7 +244,10 @@ def _functional(func: Any, args: tuple, kwargs: dict, count: int) -> list[torch.
     outputs = list(new) if isinstance(new, (tuple, list)) else [new]
     if outputs and isinstance(outputs[0], list):  # a foreach operator returns a list for each written list
         outputs = [t for group in outputs for t in group]
-    return outputs[-count:] if func.namespace == "aten" and "batch_norm" in name else outputs[:count]
+    if len(outputs) > count:  # a functional twin returns the results, then the new values
+        rest = outputs[:-count]
+        return outputs[-count:], rest[0] if len(rest) == 1 else tuple(rest)
+    return outputs, None
 
 
 def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .table import Derivative, aten, definition, linear, rule
+from .table import Derivative, aten, definition, rule
 
 
 @rule("convolution")

@@ -368,6 +368,8 @@ def svd(out, a, full_matrices=False, compute_uv=True, *, driver=None):
         return total
 
     def jvp(t):
+        if k == 0:
+            return tuple(torch.zeros_like(r) for r in out)
         if compute_uv and full_matrices and m != n:
             raise DifferentiationError(
                 f"{user_line()}: linalg.svd with full_matrices=True of a matrix of shape {tuple(a.shape)} has no "

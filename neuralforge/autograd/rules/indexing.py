@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .scatter import crop, pad_to
+from .scatter import pad_to
 from .table import Derivative, aten, linear, rule
 
 
@@ -54,13 +54,17 @@ def index(y, x, indices):
 @rule("index_put", "_unsafe_index_put")
 def index_put(y, x, indices, values, accumulate=False):
     clear = lambda g: g if accumulate else aten.index_put(g, indices, g.new_zeros(()))
+    single = values.numel() == 1 and any(i is not None and i.dtype == torch.bool for i in indices)
+
+    def pull(g):
+        if single:  # x[mask] = number: a sum, so as not to need the mask's count
+            return (g * aten.index_put(torch.zeros_like(g), indices, g.new_ones(()))).sum()
+        return aten.index.Tensor(g, indices)
+
     return (
         Derivative(clear, clear),
         None,
-        Derivative(
-            lambda g: aten.index.Tensor(g, indices),
-            lambda t: aten.index_put(torch.zeros_like(y), indices, t, accumulate),
-        ),
+        Derivative(pull, lambda t: aten.index_put(torch.zeros_like(y), indices, t, accumulate)),
     )
 
 

@@ -149,8 +149,8 @@ def det(out, a):
     y = out[0]
 
     def cofactors():  # det(A) A^-1; of a singular matrix as a limit
-        size = a.abs().amax((-2, -1), keepdim=True).clamp(min=1.0)
-        nudge = size * torch.finfo(a.dtype).eps ** 0.5 * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        size = a.abs().sum((-2, -1), keepdim=True)
+        nudge = torch.where(size == 0, 1, size) * torch.finfo(a.dtype).eps ** 0.5 * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         near = torch.where((y == 0)[..., None, None], a + nudge, a)
         return torch.linalg.det(near)[..., None, None] * torch.linalg.inv(near)
 

@@ -97,6 +97,11 @@ def _nonnegative(n):
 # ---- exponentials, logarithms, trigonometry
 
 
+@rule("logaddexp")
+def logaddexp(y, a, b):
+    return diagonal(lambda: (a - b).sigmoid()), diagonal(lambda: (b - a).sigmoid())
+
+
 @rule("exp")
 def exp(y, x):
     return diagonal(lambda: y)
@@ -273,6 +278,11 @@ def fmod(y, a, b):
     return Derivative(lambda g: g, lambda t: t), diagonal(lambda: -(a / b).trunc())
 
 
+@rule("nextafter")
+def nextafter(y, a, b):
+    return diagonal(lambda: (a != b).to(y.dtype)), None
+
+
 @rule("frexp")
 def frexp(out, x):
     exponent = out[1]
@@ -331,6 +341,7 @@ nondifferentiable(
     "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "rand_like", "randn_like", "bernoulli",
     "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logical_and", "logical_or", "logical_not",
     "logical_xor", "argmax", "argmin", "argsort", "fill.Scalar", "zero", "signbit", "floor_divide", "empty_strided",
-    "nextafter", "heaviside", "isposinf", "isneginf", "any", "all", "uniform", "normal_functional", "exponential",
-    "bucketize", "searchsorted", "count_nonzero", "nonzero", "multinomial", "randint_like",
+    "heaviside", "isposinf", "isneginf", "any", "all", "uniform", "normal_functional", "exponential",
+    "bucketize", "searchsorted", "count_nonzero", "nonzero", "multinomial", "randint_like", "poisson",
+    "normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor", "binomial",
 )  # fmt: skip

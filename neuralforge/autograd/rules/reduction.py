@@ -68,12 +68,16 @@ def amax(y, x, dim=(), keepdim=False):
     )
 
 
-@rule("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode", "kthvalue")
-def select_extreme(out, x, *args, **kwargs):
+@rule("kthvalue")
+def kthvalue(out, x, k, dim=-1, keepdim=False):
+    return select_extreme(out, x, dim, keepdim)
+
+
+@rule("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode")
+def select_extreme(out, x, dim=-1, keepdim=False):
     index, shape = out[1], x.shape
-    keepdim = out[0].dim() == x.dim()
-    numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
-    dim = numbers[-1] if numbers else -1
+    if not shape:
+        return Derivative(lambda gs: gs[0], lambda t: (t, None))
 
     def vjp(gs):
         if gs[0] is None:
@@ -142,6 +146,11 @@ def softmax(y, x, dim, half_to_float=False):
     dtype = x.dtype
     pull = lambda g: aten._softmax_backward_data(g, y, dim, dtype)
     return Derivative(pull, lambda t: pull(t.to(y.dtype)).to(y.dtype))
+
+
+@rule("_safe_softmax")
+def safe_softmax(y, x, dim, dtype=None):
+    return softmax(y, x, dim)
 
 
 @rule("_log_softmax")

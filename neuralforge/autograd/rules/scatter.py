@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .table import Derivative, aten, conj, definition, linear, rule
 
@@ -156,23 +158,26 @@ def put(y, x, index, source, accumulate=False):
 def _flat_index(x, size, stride, offset):
     """For each element of a strided view of x's memory, which element of x (in reading order) it is, and -1 where it
     isn't one."""
-    spot = lambda size, stride, start: sum(
-        (torch.arange(n).reshape([-1] + [1] * (len(size) - 1 - i)) * s for i, (n, s) in enumerate(zip(size, stride))),
-        torch.tensor(start),
-    ).expand(size)
     start = x.storage_offset()
-    mine = spot(x.shape, x.stride(), start).reshape(-1)
-    wanted = spot(size, stride, start if offset is None else offset)
-    reach = int(max([0, *(max(m.flatten().tolist()) for m in (mine, wanted) if m.numel())])) + 1
-    table = torch.full([reach], -1)
-    table[mine] = torch.arange(mine.numel())
-    return table[wanted]
+    mine, wanted = _spots(x.shape, x.stride(), start), _spots(size, stride, start if offset is None else offset)
+    table = np.full(max(mine.max(initial=0), wanted.max(initial=0)) + 1, -1)
+    table[mine.reshape(-1)] = np.arange(mine.size)
+    with _disable_current_modes():  # a constant, known from shapes and strides alone
+        return torch.from_numpy(np.asarray(table[wanted])).to(x.device)
+
+
+def _spots(size, stride, start):
+    """The places in memory of a strided tensor's elements."""
+    spots = np.full(tuple(size), start)
+    for d, (n, s) in enumerate(zip(size, stride)):
+        spots = spots + (np.arange(n) * s).reshape([-1] + [1] * (len(size) - 1 - d))
+    return spots
 
 
 @rule("as_strided")
 def as_strided(y, x, size, stride, storage_offset=None):
     shape = x.shape
-    index = _constant(lambda: _flat_index(x, size, stride, storage_offset), x)
+    index = _flat_index(x, size, stride, storage_offset)
 
     def vjp(g):
         flat, seen = index.reshape(-1), (index >= 0).to(g.dtype)
@@ -184,18 +189,10 @@ def as_strided(y, x, size, stride, storage_offset=None):
 
 @rule("as_strided_scatter")
 def as_strided_scatter(y, x, src, size, stride, storage_offset=None):
-    index = _constant(lambda: _flat_index(x, size, stride, storage_offset), x)
+    index = _flat_index(x, size, stride, storage_offset)
     place = lambda base, s: base.reshape(-1).index_put([index.reshape(-1)], s.reshape(-1)).reshape(base.shape)
     clear = lambda g: place(g, g.new_zeros(size))
     return (
         Derivative(clear, clear),
         Derivative(lambda g: g.reshape(-1)[index], lambda t: place(torch.zeros_like(y), t)),
     )
-
-
-def _constant(make, like):
-    """A tensor computed once from shapes and strides alone, with no tracer looking on."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        return make().to(like.device)

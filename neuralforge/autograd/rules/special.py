@@ -34,6 +34,11 @@ def ndtri(y, x):
     return diagonal(lambda: math.sqrt(2 * math.pi) * (y * y / 2).exp())
 
 
+@rule("special_log_ndtr")
+def log_ndtr(y, x):
+    return diagonal(lambda: math.sqrt(2 / math.pi) / torch.special.erfcx(x * -math.sqrt(0.5)))
+
+
 @rule("lgamma")
 def lgamma(y, x):
     return diagonal(lambda: x.digamma())
