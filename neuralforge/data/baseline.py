@@ -19,10 +19,11 @@ def unigram_loss(train: TokenFile, valid: TokenFile, vocab_size: int) -> float:
 
 
 def bigram_loss(train: TokenFile, valid: TokenFile, vocab_size: int) -> float:
-    """Nats per token of `valid` given the token before, under an interpolated Kneser-Ney bigram model of
-    `train`: p(b | a) = max(c(ab) - D, 0) / c(a) + D n(a) / c(a) q(b), where n(a) counts the distinct followers
-    of a, and q(b) is the share of distinct pairs that end in b, one added. The discount D is n1 / (n1 + 2 n2),
-    from how many pairs occur once and twice (Ney, Essen and Kneser 1994, https://doi.org/10.1006/csla.1994.1001).
+    """Nats per token of `valid` given the token before, under an interpolated Kneser-Ney model of `train`.
+
+    p(b | a) = max(c(ab) - D, 0) / c(a) + D n(a) / c(a) q(b), where n(a) counts the distinct followers of a,
+    and q(b) is the share of distinct pairs that end in b, one added. The discount D is n1 / (n1 + 2 n2), from
+    how many pairs occur once and twice (Ney, Essen and Kneser 1994, https://doi.org/10.1006/csla.1994.1001).
     Memory goes with the distinct pairs, not with the vocabulary squared.
     """
     pairs, counts = count_pairs(train.array, vocab_size)

@@ -95,8 +95,8 @@ def from_path(path: Path, text_field: str = "text") -> Corpus:
         suffix = path.suffix.lower()
         if not is_file or suffix and suffix not in known:
             raise DataError(f"{path}: can't read a file of kind {suffix or 'special'!r}; {guess(suffix)} "
-                            f"Give text (.txt, .md, source code), .jsonl or .parquet; rename it to .txt if it "
-                            f"is plain text.")
+                            f"Give text (.txt, .md, source code), .jsonl or .parquet; rename it to .txt if "
+                            f"it is plain text.")
         return corpus_of(str(path), path.parent, [path.name], text_field)
     names = list(walk(path))
     chosen = [name for name in names if Path(name).suffix.lower() in known]

@@ -22,14 +22,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path, needed: Callable[[], int]) -> Iterator[None]:
-    """Turns a full disk or a refusal to write below `folder` into a DataError. `needed()`: bytes in all."""
+def disk_errors(folder: Path, needed: Callable[[], int], unfinished: Path | None = None) -> Iterator[None]:
+    """Turns a full disk or a refusal to write below `folder` into a DataError. `needed()`: bytes in all;
+    what `unfinished` holds is about to be removed, so it counts as free."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # Called before the unfinished files are removed, so what they hold counts as free again.
-            held = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0
+            held = sum(p.stat().st_size for p in unfinished.iterdir()) if unfinished else 0
             place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             raise DataError(f"The disk of {folder} is full: about {megabytes(needed())} are needed and "
                             f"{megabytes(shutil.disk_usage(place).free + held)} are free. Free some room or "

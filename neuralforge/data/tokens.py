@@ -73,10 +73,10 @@ class TokenWriter:
 
     def append(self, ids: list[int], text_bytes: int) -> None:
         data = np.asarray(ids, np.dtype(self.dtype).newbyteorder("<")).tobytes()
-        self.file.write(data)
         self.crc32 = zlib.crc32(data, self.crc32)
         self.count += len(ids)
         self.text_bytes += text_bytes
+        self.file.write(data)  # last: if the disk is full, the counts tell how much is needed
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
@@ -111,7 +111,9 @@ def write_token_files(folder: Path, parts: Iterable[tuple[SplitName, str, bool]]
             writers[split].append(ids + [tokenizer.end_of_text] * last, size)
             writers[split].documents += last
 
-    with atomic_folder(folder) as temporary, disk_errors(temporary, needed), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(atomic_folder(folder))
+        stack.enter_context(disk_errors(folder.parent, needed, temporary))
         for split in ("train", "valid"):
             writers[split] = TokenWriter(temporary / f"{split}.bin", tokenizer.vocab_size)
             stack.callback(writers[split].close)

@@ -1,0 +1,66 @@
+import errno
+import os
+import subprocess
+
+import pytest
+
+from neuralforge.data.files import atomic_folder, disk_errors, write_atomic
+from neuralforge.errors import DataError
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_file(small_disk):
+    path = small_disk / "a.json"
+    write_atomic(path, b"old")
+    with pytest.raises(DataError, match=r"small is full: about 3\.0 MB are needed and 1\.0 MB are free"):
+        write_atomic(path, b"x" * 3_000_000)
+    assert path.read_bytes() == b"old"
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_atomic(path, b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "whole"
+
+
+def test_which_refusals_are_the_users_to_mend(tmp_path):
+    with pytest.raises(DataError, match="can't be written: Not a directory"):
+        (tmp_path / "file").write_text("")
+        write_atomic(tmp_path / "file" / "a.json", b"")
+    with pytest.raises(DataError, match="can't be written: Read-only"), disk_errors(tmp_path, lambda: 0):
+        raise OSError(errno.EROFS, "Read-only file system")
+    with pytest.raises(OSError, match="Input/output"), disk_errors(tmp_path, lambda: 0):
+        raise OSError(errno.EIO, "Input/output error")
