@@ -1,0 +1,58 @@
+"""Options as `--name value`, `--name=value` and switches: split from the arguments, checked against a list."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+from ..errors import ConfigError
+
+
+def split_flags(argv: list[str], valued: Collection[str], switches: Collection[str]) -> list[tuple[str, str | None]]:
+    """(name, value) for each option in order; None for a switch. Raises ConfigError for an unknown option, a missing
+    value, or a word that isn't an option."""
+    found: list[tuple[str, str | None]] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected {word!r}; options are written --name=value.")
+        name, equals, value = word[2:].partition("=")
+        if name in switches:
+            if equals:
+                raise ConfigError(f"--{name} takes no value, and got {value!r}.")
+            found.append((name, None))
+        elif name in valued:
+            if not equals:
+                if not rest:
+                    raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
+                value = rest.pop(0)
+            found.append((name, value))
+        else:
+            known = [*valued, *switches]
+            last = name.rsplit(".", 1)[-1]
+            close = [k for k in known if k.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(name, known, 1)
+            close = close or [k for k in known if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], 1, 0.75)]
+            mean = f" Did you mean --{close[0]}?" if close else " See --help."
+            raise ConfigError(f"unknown option --{name}.{mean}")
+    return found
+
+
+def whole_number(name: str, text: str, least: int = 0) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ConfigError(f"--{name}={text}; expected a whole number of at least {least}.")
+    return value
+
+
+def number(name: str, text: str, least: float = 0.0) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value < float("inf"):
+        raise ConfigError(f"--{name}={text}; expected a number of at least {least}.")
+    return value

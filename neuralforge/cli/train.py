@@ -1,0 +1,67 @@
+"""`neuralforge train`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+
+from ..train import config as configuration
+from ..train.config import Config, Train, load, resolve, set_key
+from .flags import split_flags
+
+SHORT = {"data": "data.path", "out": "train.out", "steps": "train.steps", "depth": "model.depth"}
+SWITCHES = {
+    "resume": "go on with the run in --out from its newest checkpoint, with its own configuration",
+    "dry-run": "print the model and the work, and train nothing",
+    "help": "this text",
+}
+
+
+def main(argv: list[str]) -> None:
+    flags = split_flags(argv, [*configuration.keys(), *SHORT, "config"], [*SWITCHES, "h"])
+    switches = {name for name, value in flags if value is None}
+    if switches & {"help", "h"}:
+        print(usage())
+        return
+    values = [(SHORT.get(name, name), value) for name, value in flags if value is not None]
+    out = next((value for name, value in reversed(values) if name == "train.out"), Train.out)
+    config = Config()
+    if "resume" in switches and (Path(out) / "config.toml").exists():
+        config = load(Path(out) / "config.toml")
+    for name, value in values:
+        if name == "config":
+            config = load(Path(value), config)
+    for name, value in values:
+        if name != "config":
+            config = set_key(config, name, value)
+    config = resolve(config)
+    from ..train.trainer import run
+
+    run(config, resume="resume" in switches, dry_run="dry-run" in switches)
+
+
+def usage() -> str:
+    lines = ["usage: neuralforge train [--config=FILE.toml] [--section.key=value ...] [switches]", ""]
+    lines += [f"  --{name:<24} {what}" for name, what in SWITCHES.items()]
+    lines += [f"  --{short + '=':<24} short for --{full}" for short, full in SHORT.items()]
+    for section, cls in configuration.SECTIONS.items():
+        lines += ["", f"[{section}]"]
+        default, told = cls(), field_docs(cls)
+        for key in told:
+            value = getattr(default, key)
+            first, *rest = textwrap.wrap(f"{told[key]} ({'derived' if value is None else value})", 84)
+            lines.append(f"  --{section + '.' + key + '=':<26}{first}")
+            lines += [" " * 30 + line for line in rest]
+    return "\n".join(lines)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The strings written below the fields of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in zip(body, body[1:])
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
