@@ -66,6 +66,7 @@ def prepare(source: str | None, folder: Path, vocab_size: int, valid_fraction: f
                           f"such as 0.05.")
     corpus = standard_library() if source is None else from_path(Path(source).expanduser(), text_field)
     key = fingerprint(corpus, vocab_size, valid_fraction)
+    folder = folder.expanduser()
     home = folder / key[:16]
     if not home.exists():
         with disk_errors(folder, lambda: corpus.size):
