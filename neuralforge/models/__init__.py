@@ -20,5 +20,6 @@ __all__ = ["GPT2", "Llama", "ModelConfig", "build", "generate", "next_token_loss
 
 def __getattr__(name: str) -> Any:  # a model's configuration can be read without importing torch
     if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        found = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,9 +60,7 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = nn.LayerNorm(c.d_model, eps=c.norm_eps)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        if c.tie_embeddings:
-            self.head.weight = self.tokens.weight
+        self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
 
     def forward(self, tokens_BT: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         start, T = cache.length if cache else 0, tokens_BT.shape[1]
@@ -72,4 +70,4 @@ class GPT2(nn.Module):
             x_BTD = block(x_BTD, cache)
         if cache is not None:
             cache.length += T
-        return self.head(self.norm(x_BTD))
+        return F.linear(self.norm(x_BTD), (self.head or self.tokens).weight)

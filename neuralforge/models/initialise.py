@@ -17,7 +17,7 @@ KINDS = {"gpt2": GPT2, "llama": Llama}
 
 def build(config: ModelConfig, seed: int = 0) -> nn.Module:
     """The model with weights from N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 n_layers)
-    (GPT-2's initialisation), biases zero. Depends on `seed` only; the global generator isn't touched."""
+    (GPT-2's initialisation), biases zero, norms one. Depends on `seed` only; the global generator isn't touched."""
     with torch.device("meta"):
         model = KINDS[config.kind](config)
     model.to_empty(device="cpu")
@@ -33,5 +33,5 @@ def build(config: ModelConfig, seed: int = 0) -> nn.Module:
 
 
 def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in nats per token."""
+    """Mean cross entropy in nats per token, of logits [B, T, V] against int64 targets [B, T]."""
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())

@@ -15,8 +15,9 @@ from .config import ModelConfig
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
-def rotary(start: int, T: int, K: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotations of T positions from `start`, each [T, K] (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
+def rotary(start: int, T: int, K: int, theta: float, device: torch.device) -> Rope:
+    """Cosines and sines of the rotations of T positions from `start`, each float64 [T, K] (Su et al. 2021,
+    https://arxiv.org/abs/2104.09864). In float64, for in float32 the angle at position 100 000 is off by 0.004."""
     frequency = theta ** (-torch.arange(0, K, 2, dtype=torch.float64, device=device) / K)
     angle = torch.outer(torch.arange(start, start + T, dtype=torch.float64, device=device), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -76,9 +77,7 @@ class Llama(nn.Module):
         self.tokens = nn.Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        if c.tie_embeddings:
-            self.head.weight = self.tokens.weight
+        self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
 
     def forward(self, tokens_BT: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         x_BTD = self.tokens(tokens_BT)
@@ -89,4 +88,4 @@ class Llama(nn.Module):
             x_BTD = block(x_BTD, rope, cache)
         if cache is not None:
             cache.length += T
-        return self.head(self.norm(x_BTD))
+        return F.linear(self.norm(x_BTD), (self.head or self.tokens).weight)

@@ -23,22 +23,27 @@ def generate(
 ) -> torch.Tensor:
     """Continue each row of `tokens_BT` (int64, T >= 1) by `max_new_tokens`; returns int64 [B, T + max_new_tokens].
 
-    `temperature` 0 takes the likeliest token; `top_k` samples among the k likeliest. Beyond the model's context the
-    window slides: the model sees the last half-context to context tokens. `on_token` is called with each new column,
-    int64 [B].
+    `temperature` 0 takes the likeliest token; `top_k` samples among the k likeliest. `on_token` is called with each
+    new column, int64 [B]. Past the model's context the window slides by half a context at a time: a token depends on
+    between half and all of the context before it, and costs about two positions instead of a whole window (which is
+    what sliding by one would need, as every position's keys and values change). Raises ConfigError for arguments out
+    of range.
     """
     if tokens_BT.dim() != 2 or tokens_BT.shape[1] < 1:
         raise ConfigError(f"generate: tokens of shape {tuple(tokens_BT.shape)}; expected [batch, time] with time >= 1.")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ConfigError(f"generate: temperature={temperature}, top_k={top_k}; expected >= 0 and >= 1.")
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
+        raise ConfigError(
+            f"generate: temperature={temperature}, top_k={top_k}, max_new_tokens={max_new_tokens}; expected a "
+            f"temperature of at least 0, a top_k of at least 1, and no negative number of tokens."
+        )
     training = model.training
     model.eval()
     try:
         context = model.config.context
-        cache, fresh = KeyValueCache(), tokens_BT[:, -context:]
+        cache, fresh = KeyValueCache(context), tokens_BT[:, -context:]
         for _ in range(max_new_tokens):
             if cache.length + fresh.shape[1] > context:  # start over from the later half of the window
-                cache, fresh = KeyValueCache(), tokens_BT[:, -(context // 2 + 1) :]
+                cache, fresh = KeyValueCache(context), tokens_BT[:, -(context // 2 + 1) :]
             logits_BV = model(fresh, cache)[:, -1]
             fresh = _sample(logits_BV, temperature, top_k, generator)
             tokens_BT = torch.cat([tokens_BT, fresh], dim=1)
@@ -49,10 +54,13 @@ def generate(
         model.train(training)
 
 
-def _sample(logits_BV: torch.Tensor, temperature: float, top_k: int | None, generator) -> torch.Tensor:
+def _sample(
+    logits_BV: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    """One token a row, int64 [B, 1]."""
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        kth = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth, float("-inf"))
-    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+    best, tokens = logits_BV.float().topk(min(top_k or logits_BV.shape[-1], logits_BV.shape[-1]), dim=-1)
+    # Subtract the largest before dividing: a tiny temperature must not overflow.
+    chosen = torch.multinomial(((best - best[:, :1]) / temperature).softmax(-1), 1, generator=generator)
+    return tokens.gather(-1, chosen)
