@@ -165,6 +165,11 @@ def _check_input(x: Any) -> None:
             f"{user_line()}: can't differentiate with respect to {what}; expected floating-point or complex tensors. "
             f"Leave this argument out of argnums, or convert it with .to(torch.float32)."
         )
+    if x.layout != torch.strided:
+        raise DifferentiationError(
+            f"{user_line()}: can't differentiate with respect to a tensor of layout {x.layout}; expected a dense one. "
+            f"Differentiate with respect to its values, or convert it with .to_dense()."
+        )
 
 
 def _check_scalar(loss: Any) -> None:

@@ -24,6 +24,9 @@ from .source import origin, user_line
 from .tracer import Tracer
 
 
+_BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
+
+
 @dataclass(eq=False)
 class Captured:
     """A function as a graph. The graph's inputs are the tensors among the flattened arguments, in order; its outputs
@@ -55,6 +58,7 @@ class Capture(Tracer):
         self.fake_mode = FakeMode()
         self._values: dict[int, Value] = {}  # id of a fake tensor -> its value, which keeps the tensor alive
         self._constants: dict[int, Value] = {}
+        self._partial: set[int] = set()  # storages of inputs that are views of larger tensors outside
         self._names = itertools.count()
 
     def input(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -64,6 +68,11 @@ class Capture(Tracer):
         return value.fake
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func.overloadpacket in _BY_STORAGE and self._storage(args[0]) in self._partial:
+            raise CaptureError(
+                f"{user_line()}: {func} reads the memory around a tensor that is itself a part of a larger one, which a "
+                f"graph doesn't see. Use slicing, unfold or diagonal, or pass the larger tensor."
+            )
         arg_values, kwarg_values = map_tree(self.value, args), map_tree(self.value, kwargs)
         fakes = map_tree(lambda leaf: leaf.fake if isinstance(leaf, Value) else leaf, (arg_values, kwarg_values))
         try:
@@ -94,8 +103,20 @@ class Capture(Tracer):
             )
 
     def _fake(self, x: torch.Tensor) -> torch.Tensor:
+        if x.layout != torch.strided:
+            raise CaptureError(
+                f"{user_line()}: a tensor of layout {x.layout} can't be captured; expected a dense one. Convert it with "
+                f".to_dense()."
+            )
         with _disable_current_modes(), self.fake_mode:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        if x.untyped_storage().nbytes() != fake.untyped_storage().nbytes():
+            self._partial.add(self._storage(fake))
+        return fake
+
+    @staticmethod
+    def _storage(x: torch.Tensor) -> int:
+        return x.untyped_storage()._cdata
 
     def _new(self, fake: torch.Tensor) -> Value:
         value = Value(f"v{next(self._names)}", fake)

@@ -13,6 +13,7 @@ override `record`, which sees pure operators only.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..errors import CaptureError
 from .ir import map_tree
@@ -75,6 +76,8 @@ class Tracer(TorchDispatchMode):
         if traits.passive:
             return func(*args, **kwargs)
         if traits.written:
+            if func._schema.name.split("::")[1] in _REFUSED:
+                return self._reshape(func, args, kwargs)
             return self._write(func, traits, args, kwargs)
         if traits.composite:
             with self:
@@ -138,6 +141,28 @@ class Tracer(TorchDispatchMode):
         if result is not None:
             return result
         return groups[0] if len(groups) == 1 else tuple(groups)
+
+    def _reshape(self, func: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
+        """An operator that changes a tensor's shape in place. Python code that holds the tensor can't be served, but
+        PyTorch's own C++ functions (quantile, stft) do it to their temporaries, of which nobody else knows. There the
+        C++ handle is given to a new view, and the old Python object, which derivative rules may hold, stays as it was.
+        """
+        x, name = args[0], func._schema.name.split("::")[1]
+        from_python = x._use_count() < 4 or name in sys._getframe(2).f_back.f_code.co_names
+        if name not in _VIEWS_IN_PLACE or self._made not in x.__dict__ or from_python:
+            raise CaptureError(
+                f"{user_line()}: {name} changes a tensor's shape in place, which a graph of pure operators can't "
+                f"express. Bind the result of the operator without the underscore to a new name instead."
+            )
+        packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"))
+        with self:
+            new = packet(*args, **kwargs)
+        with _disable_current_modes():
+            old = x.detach()
+            torch._C._swap_tensor_impl(x, new)
+            new.set_(x)
+            x.set_(old)
+        return new
 
     def _assign(self, x: torch.Tensor, value: torch.Tensor) -> None:
         link = x.__dict__.get(self._made)
@@ -213,18 +238,14 @@ _TWINS: dict[str, Any] = {
     "aten::_batch_norm_with_update": aten._batch_norm_with_update_functional.default,
     "aten::rrelu_with_noise": aten.rrelu_with_noise_functional.default,
 }
-_REFUSED = {"resize_", "resize_as_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_strided_"}
+_VIEWS_IN_PLACE = {"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"}
+_REFUSED = _VIEWS_IN_PLACE | {"resize_", "resize_as_", "set_", "as_strided_"}
 
 
 def _functional(func: Any, args: tuple, kwargs: dict, count: int) -> tuple[list[torch.Tensor], Any]:
     """The new values of the `count` written tensors, computed without writing, and what the operator returns if that
     isn't the written tensors themselves."""
     name, overload = func._schema.name.split("::")[1], func._schema.overload_name
-    if name in _REFUSED:
-        raise CaptureError(
-            f"{user_line()}: {name} changes a tensor's shape in place, which a graph of pure operators can't express. "
-            f"Bind the result of the operator without the underscore to a new name instead."
-        )
     twin = _TWINS.get(func._schema.name + (f".{overload}" if overload else ""))
     written = {name for name, _ in operator_traits(func).written}
     if twin is None:

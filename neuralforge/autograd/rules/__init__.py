@@ -7,6 +7,7 @@ from . import (  # noqa: F401  (they register themselves)
     fft,
     indexing,
     linalg,
+    loss,
     nn,
     pointwise,
     pooling,

@@ -31,6 +31,8 @@ def convolution_backward(
     if output_mask[0]:
         if transposed:
             dx = aten.convolution(g, w, None, stride, padding, dilation, False, [0] * spatial, groups)
+            for i in range(2, x.dim()):  # an output_padding beyond the stride
+                dx = dx.narrow(i, 0, x.shape[i])
         else:
             reach = [
                 (g.shape[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (w.shape[i + 2] - 1) + 1

@@ -55,6 +55,13 @@ def native_dropout(out, x, p, train):
     return Derivative(lambda gs: None if gs[0] is None else drop(gs[0]), lambda t: (drop(t), None))
 
 
+@rule("rrelu_with_noise_functional")
+def rrelu(out, x, noise, lower=0.125, upper=1 / 3, training=False, generator=None):
+    drawn = out[1]
+    slope = lambda: drawn if training else torch.where(x > 0, 1, (lower + upper) / 2).to(x.dtype)
+    return Derivative(lambda gs: None if gs[0] is None else gs[0] * slope(), lambda t: (t * slope(), None))
+
+
 # ---- attention
 
 

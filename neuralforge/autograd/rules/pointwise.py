@@ -99,7 +99,17 @@ def _nonnegative(n):
 
 @rule("logaddexp")
 def logaddexp(y, a, b):
-    return diagonal(lambda: (a - b).sigmoid()), diagonal(lambda: (b - a).sigmoid())
+    return diagonal(lambda: _logistic(a, b)), diagonal(lambda: _logistic(b, a))
+
+
+def _logistic(a, b):
+    """exp(a) / (exp(a) + exp(b)), of infinities too."""
+    d = torch.where((a == b) & a.isinf(), 0, a - b)
+    if not d.is_complex():
+        return d.sigmoid()
+    first = torch.real(d) > 0
+    e = torch.where(first, -d, d).exp()
+    return torch.where(first, 1, e) / (1 + e)
 
 
 @rule("exp")

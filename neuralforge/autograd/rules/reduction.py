@@ -103,7 +103,7 @@ def extreme(y, x):
 
 @rule("linalg_vector_norm", forward=True)
 def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    def slope():  # d|x|_p/dx, zero where the norm is
+    def slope():  # d|x|_p/dx; zero where the norm is, though there it has no second derivative
         n = keep_dims(y, dim, keepdim, x.dim())
         if ord == 0:
             return torch.zeros_like(x)
@@ -112,12 +112,12 @@ def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
         if math.isinf(ord):
             mask = (x.abs() == n).to(n.dtype)
             return x.sgn() * (mask / _sum(mask, dim, True))
-        safe = torch.where(n == 0, 1, n)
         if ord == 2:
-            return torch.where(n == 0, 0, x / safe)
-        size = x.abs()
-        power = torch.where(size == 0, 0, torch.where(size == 0, 1, size) ** (ord - 1))
-        return x.sgn() * torch.where(n == 0, 0, power / safe ** (ord - 1))
+            return torch.where(n == 0, 0, x / n)
+        power = x.abs() ** (ord - 1)
+        if ord < 1:
+            power = torch.where(x == 0, 0, power)
+        return torch.where(n == 0, 0, x.sgn() * power / n ** (ord - 1))
 
     return Derivative(
         lambda g: keep_dims(g, dim, keepdim, x.dim()) * slope(),
@@ -175,13 +175,16 @@ def cummax(out, x, dim):
 @definition("logcumsumexp")
 def logcumsumexp(x, dim):
     """By doubling: log2(n) steps of logaddexp, each stable, and so are their derivatives."""
-    n = x.shape[dim] if x.dim() else 1
+    given, n = x, x.shape[dim] if x.dim() else 1
     step = 1
     while step < n:
         moved = torch.logaddexp(x.narrow(dim, step, n - step), x.narrow(dim, 0, n - step))
         x = torch.cat([x.narrow(dim, 0, step), moved], dim)
         step *= 2
-    return x.clone() if n <= 1 else x
+    if x.is_complex():  # the branch of the logarithm is the operator's own
+        own = torch.imag(aten.logcumsumexp(given.detach(), dim))
+        return x + 2j * math.pi * ((own - torch.imag(x)) / (2 * math.pi)).round()
+    return x
 
 
 @rule("cumsum")

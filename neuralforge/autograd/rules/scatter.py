@@ -117,6 +117,8 @@ def masked_scatter(y, x, mask, source):
     clear = lambda g: g.masked_fill(mask, 0)
 
     def pull_source(g):
+        if shape.numel() == 0:
+            return g.new_zeros(shape)
         # The n-th true place of the mask took the n-th element of the source.
         flat = mask.expand(g.shape).reshape(-1)
         order = (flat.cumsum(0) - 1).clamp(min=0)
@@ -184,7 +186,7 @@ def as_strided(y, x, size, stride, storage_offset=None):
         g = (g * seen).reshape(-1)
         return g.new_zeros(shape.numel()).index_add(0, flat.clamp(min=0), g).reshape(shape)
 
-    return Derivative(vjp, lambda t: t.reshape(-1)[index.clamp(min=0)] * (index >= 0).to(t.dtype))
+    return Derivative(vjp, lambda t: t.take(index.clamp(min=0)) * (index >= 0).to(t.dtype))
 
 
 @rule("as_strided_scatter")
@@ -194,5 +196,5 @@ def as_strided_scatter(y, x, src, size, stride, storage_offset=None):
     clear = lambda g: place(g, g.new_zeros(size))
     return (
         Derivative(clear, clear),
-        Derivative(lambda g: g.reshape(-1)[index], lambda t: place(torch.zeros_like(y), t)),
+        Derivative(lambda g: g.take(index), lambda t: place(torch.zeros_like(y), t)),
     )
