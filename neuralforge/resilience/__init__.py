@@ -1,5 +1,5 @@
 """Surviving failures: checkpoints."""
 
-from .checkpoint import flatten, latest, load, save, steps, unflatten
+from .checkpoint import checkpoints, flatten, latest, load, save, unflatten
 
-__all__ = ["flatten", "latest", "load", "save", "steps", "unflatten"]
+__all__ = ["checkpoints", "flatten", "latest", "load", "save", "unflatten"]

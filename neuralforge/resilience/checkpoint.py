@@ -1,113 +1,138 @@
 """Checkpoints on disk: atomic, checksummed, free of pickle.
 
-A checkpoint is a folder `<root>/step-00000042/` with `tensors.safetensors` and `metadata.json` (the caller's metadata,
-and the SHA-256 of the tensor file). It is written beside its final name, flushed to the disk, and renamed: whoever
-looks sees a whole checkpoint or none.
+A checkpoint is a folder `<root>/<name>/` with `tensors.safetensors` and `metadata.json` (the caller's metadata, and
+checksums of everything); `<root>/latest` is a text file with the name of the newest. A checkpoint is written beside
+its final name, flushed to the disk, and renamed: whoever looks sees a whole one or none, also after a kill or a power
+cut. One process at a time saves under a root.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import CheckpointError
+from . import tensor_file
+from .tensor_file import Checksums, Damaged
 
 FORMAT = 1
-TENSORS, METADATA = "tensors.safetensors", "metadata.json"
+TENSORS, METADATA, LATEST = "tensors.safetensors", "metadata.json", "latest"
 
 
-def save(root: Path, step: int, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], keep: int | None) -> Path:
-    """Write the checkpoint of `step` under `root` and return its folder; then delete all but the `keep` newest
-    (None keeps all). `metadata` is anything JSON can hold.
+def save(
+    root: Path, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], keep: int | None = None
+) -> Path:
+    """Write the checkpoint `name` under `root` and return its folder; then delete all but the `keep` newest (None
+    keeps all). Tensors may be anywhere and strided; those that are the same memory are stored once, and are one
+    tensor again when loaded. `metadata` is anything JSON can hold. A checkpoint of the same name is replaced.
 
     Raises CheckpointError if it can't be written; earlier checkpoints are untouched and nothing half-written stays.
     """
-    final = root / f"step-{step:08d}"
+    if not re.fullmatch(r"\w[\w.-]*", name) or ".tmp-" in name or name == LATEST:
+        raise CheckpointError(f"{name!r} can't name a checkpoint; use letters, digits, '-', '_' and '.', as in step-00000042.")
+    if keep is not None and keep < 1:
+        raise CheckpointError(f"keep={keep}; expected at least 1 checkpoint to keep, or None for all.")
+    try:
+        metadata = json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"the metadata of checkpoint {name} can't be written as JSON: {e}.") from e
     unique, aliases = _untie(tensors)
     needed = sum(t.numel() * t.element_size() for t in unique.values())
-    folder: Path | None = None
+    final, folder = root / name, _beside(root / name)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
-        folder = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=root))
-        _check_room(root, needed)
-        save_file({name: t.contiguous() for name, t in unique.items()}, folder / TENSORS, metadata={"format": "pt"})
-        _sync(folder / TENSORS)
-        record = {"format": FORMAT, "step": step, "aliases": aliases, "sha256": _digest(folder / TENSORS), "metadata": metadata}
-        (folder / METADATA).write_text(json.dumps(record, indent=1))
-        _sync(folder / METADATA)
-        _sync(folder)
-        if final.exists():  # the same step again: the rename can't replace a folder that isn't empty
-            shutil.rmtree(final)
+        for leftover in root.glob("*.tmp-*"):  # of an interrupted save
+            _delete(leftover)
+        if shutil.disk_usage(root).free < needed:  # don't fill a disk that others need too
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        folder.mkdir()
+        checksums = tensor_file.write(folder / TENSORS, unique, {"format": "pt"})
+        record = {
+            "format": FORMAT,
+            "serial": max(map(_serial, checkpoints(root)), default=0) + 1,
+            "metadata": metadata,
+            "aliases": aliases,
+            "header": checksums.header,
+            "tensors": checksums.tensors,
+        }
+        _write(folder / METADATA, json.dumps({"checksum": _checksum(record), **record}, indent=1))
+        _sync_folder(folder)
+        if final.exists():  # a rename can't replace a folder
+            _discard(final)
         os.replace(folder, final)
-        _sync(root)
-    except (OSError, SafetensorError) as e:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        pointer = _beside(root / LATEST)
+        _write(pointer, name)
+        os.replace(pointer, root / LATEST)
+        _sync_folder(root)
+        for old in checkpoints(root)[:-keep] if keep else []:
+            _discard(old)
+    except OSError as e:
+        _delete(folder)
         raise CheckpointError(_failed(root, needed, e)) from e
     except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         raise
-    for old in steps(root)[: -keep or None] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and metadata of the checkpoint in `folder`, verified.
+    """The tensors (on the CPU) and metadata of the checkpoint in `folder`, verified.
 
-    Raises CheckpointError for one that is missing, damaged, or of an unknown format; the message names the newest
-    other checkpoint beside it.
+    Raises CheckpointError for one that is missing, damaged, or of an unknown format; the message names the file, the
+    damage, and the newest good checkpoint beside it.
     """
-    try:
-        record = json.loads((folder / METADATA).read_text())
-        if record["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: checkpoint format {record['format']}; this version reads {FORMAT}.")
-        digest = _digest(folder / TENSORS)
-        if digest != record["sha256"]:
-            raise ValueError(f"{TENSORS} has SHA-256 {digest[:12]}..., not {record['sha256'][:12]}... as recorded")
-        tensors = load_file(folder / TENSORS)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{folder}: no checkpoint here ({Path(e.filename).name} is missing). {_others(folder)}") from e
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: the checkpoint is damaged: {e}. {_others(folder)}") from e
-    tensors.update({name: tensors[source] for name, source in record["aliases"].items()})
-    return tensors, record["metadata"]
-
-
-def steps(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first."""
-    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / METADATA).exists()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return _read_or_advise(folder, keep=True)
 
 
 def latest(root: Path) -> Path | None:
-    """The newest checkpoint under `root`; None if there is none."""
-    found = steps(root)
-    return found[-1] if found else None
+    """The newest checkpoint under `root`, verified; None if there is none. Raises CheckpointError as `load` does if it
+    is damaged: going back to an older one is for the user to decide."""
+    found = checkpoints(root)
+    try:
+        newest = root / (root / LATEST).read_text()
+    except FileNotFoundError:
+        newest = root
+    if newest == root or not newest.is_dir():  # deleted by hand
+        if not found:
+            return None
+        newest = found[-1]
+    _read_or_advise(newest, keep=False)
+    return newest
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoints under `root`, oldest first, not verified."""
+    found = [p.parent for p in root.glob(f"*/{METADATA}") if ".tmp-" not in p.parent.name]
+    return sorted(found, key=lambda p: (_serial(p), p.name))
 
 
 def flatten(tree: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a pytree by dotted path, `params.blocks.0.up.weight`."""
-    return {_path(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
+    """The tensors of a pytree by dotted path, `params.blocks.0.up.weight`. Raises CheckpointError where a leaf isn't a
+    tensor, or two have the same path."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        name = _path(path)
+        if not isinstance(leaf, torch.Tensor):
+            raise CheckpointError(f"the state's {name} is a {type(leaf).__name__}; expected a tensor. Put it in the metadata.")
+        if name in tensors:
+            raise CheckpointError(f"the state has two leaves with the path {name}; rename one of the keys.")
+        tensors[name] = leaf
+    return tensors
 
 
 def unflatten(tensors: dict[str, torch.Tensor], like: Any) -> Any:
-    """A pytree shaped like `like` from `flatten`'s dictionary. Raises CheckpointError where a tensor is missing, left
-    over, or of another shape or dtype."""
+    """A pytree shaped like `like`, on its devices, from `flatten`'s dictionary. Raises CheckpointError where a tensor
+    is missing, left over, or of another shape or dtype."""
     paths, tree = tree_flatten_with_path(like)
     left = dict(tensors)
     leaves = []
@@ -120,7 +145,7 @@ def unflatten(tensors: dict[str, torch.Tensor], like: Any) -> Any:
                 f"the checkpoint doesn't fit: {name} is {what}, and this run needs {tuple(leaf.shape)} {leaf.dtype}. "
                 f"Resume with the configuration that the checkpoint was made with."
             )
-        leaves.append(found)
+        leaves.append(found.to(leaf.device))
     if left:
         raise CheckpointError(
             f"the checkpoint doesn't fit: it holds {next(iter(left))} and {len(left) - 1} more that this run has no "
@@ -130,7 +155,8 @@ def unflatten(tensors: dict[str, torch.Tensor], like: Any) -> Any:
 
 
 def _path(path: tuple) -> str:
-    return ".".join(str(k.idx if isinstance(k, SequenceKey) else getattr(k, "key", k)) for k in path)
+    """Keys of dictionaries, indices of lists, names of fields."""
+    return ".".join(str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path)
 
 
 def _untie(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -138,51 +164,109 @@ def _untie(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
     first: dict[tuple, str] = {}
     unique, aliases = {}, {}
     for name, t in tensors.items():
-        key = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,)
+        key = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()) if t.numel() else (name,)
         if key in first:
             aliases[name] = first[key]
         else:
             first[key] = name
-            unique[name] = t.detach()
+            unique[name] = t
     return unique, aliases
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _read(folder: Path, keep: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `load` returns; without `keep` no tensors, only verified. Raises OSError, Damaged."""
+    record = _record(folder)
+    tensors = tensor_file.read(folder / TENSORS, Checksums(record["header"], record["tensors"]), keep)
+    if keep:
+        tensors.update({name: tensors[source] for name, source in record["aliases"].items()})
+    return tensors, record["metadata"]
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _read_or_advise(folder: Path, keep: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        return _read(folder, keep)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{folder}: {Path(e.filename).name} is missing. {_advice(folder)}") from e
+    except (OSError, Damaged) as e:
+        raise CheckpointError(f"{folder}: the checkpoint can't be used: {e}. {_advice(folder)}") from e
+
+
+def _advice(folder: Path) -> str:
+    for other in reversed(checkpoints(folder.parent)):
+        try:
+            if other.name != folder.name:
+                _read(other, keep=False)
+                return f"The newest good one is {other}: delete {folder} to resume from that."
+        except (OSError, Damaged):
+            continue
+    return "There is no good checkpoint beside it: start the training anew."
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What `metadata.json` holds, verified."""
+    try:
+        record = json.loads((folder / METADATA).read_text())
+        checksum, form = record.pop("checksum"), record["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Damaged(f"{METADATA}: not what a save writes ({e})") from e
+    if form != FORMAT:
+        raise Damaged(f"{METADATA}: format {form!r}, and this version reads {FORMAT}")
+    if _checksum(record) != checksum:
+        raise Damaged(f"{METADATA}: the contents don't have their checksum")
+    return record
+
+
+def _checksum(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
+
+
+def _serial(folder: Path) -> int:
+    """Position in the order of saving; 0 for a damaged checkpoint. Names and file times don't survive every copy."""
+    try:
+        return _record(folder)["serial"]
+    except (OSError, Damaged):
+        return 0
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint; interrupted, what is left doesn't look like one."""
+    rest = _beside(folder)
+    os.replace(folder, rest)
+    _delete(rest)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a rename lives in the folder, not in the file."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _sweep(root: Path) -> None:
-    """Delete what an interrupted save left behind."""
-    for leftover in root.glob("step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _check_room(root: Path, needed: int) -> None:
-    if shutil.disk_usage(root).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _failed(root: Path, needed: int, e: Exception) -> str:
-    if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
+def _failed(root: Path, needed: int, e: OSError) -> str:
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(root).free
         return (
             f"{root}: the disk is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free. Nothing "
-            f"was written and earlier checkpoints are intact. Free some space, or choose another folder with --train.out."
+            f"was written and earlier checkpoints are intact. Free some space, or choose a folder on another disk."
         )
     return f"{root}: can't write a checkpoint: {e}. Earlier checkpoints are intact. Choose a writable folder."
-
-
-def _others(folder: Path) -> str:
-    others = [p for p in steps(folder.parent) if p != folder]
-    if not others:
-        return "There is no other checkpoint beside it: start the training anew."
-    return f"The newest other one is {others[-1]}: delete {folder.name} to resume from that."

@@ -64,7 +64,7 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     def save() -> None:
         tensors = {**resilience.flatten(state), "rng": torch.get_rng_state()}
         metadata = {"step": done, "sampler": sampler.state_dict(), "valid_loss": valid_loss}
-        resilience.save(out / "checkpoints", done, tensors, metadata, keep=config.train.keep)
+        resilience.save(out / "checkpoints", f"step-{done:08d}", tensors, metadata, keep=config.train.keep)
 
     with stop_requested() as stop, report.progress():
         while done < config.train.steps and not stop():
