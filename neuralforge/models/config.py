@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,8 +40,9 @@ class ModelConfig:
         if self.kind not in get_args(Kind):
             raise ConfigError(f"model.kind={self.kind!r}; expected one of {', '.join(get_args(Kind))}.")
         for name in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}; expected a whole number of at least 1.")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"model.{name}={value!r}; expected a whole number of at least 1.")
         if self.d_model % self.n_heads:
             raise ConfigError(
                 f"model.d_model={self.d_model} doesn't divide by model.n_heads={self.n_heads}. Take "
@@ -55,6 +57,9 @@ class ModelConfig:
             raise ConfigError(f"model.d_model/model.n_heads={self.d_head} is odd; rotary embeddings need an even size.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout={self.dropout}; expected a number in [0, 1).")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name}={getattr(self, name)}; expected a positive number.")
 
     @property
     def d_head(self) -> int:
@@ -71,11 +76,16 @@ class ModelConfig:
         return embeddings + self.n_layers * block + d
 
     def flops_per_token(self, training: bool = True, context: int | None = None) -> int:
-        """Floating-point operations of the matrix products for one token (a multiply and an add are two), attention
-        over `context` tokens (default: the whole context) counted causally, so half. Training is three times the
-        forward pass: each product has two in the backward pass."""
+        """Floating-point operations of the matrix products for one token, a multiply and an add counted as two.
+
+        Forward: 2 L (2 d^2 + 2 d kv + m d f + d (C + 1)) + 2 d V, for L layers of width d, with kv = n_kv_heads *
+        d_head, m = 2 feed-forward matrices (llama 3) of width f, and V tokens in the vocabulary. d (C + 1) is causal
+        attention, scores and weighted values, over `context` C tokens (default: the whole context): the token at
+        position t sees t + 1, (C + 1) / 2 on average. Training is three times that: each product has two in the
+        backward pass.
+        """
         d, kv = self.d_model, self.n_kv_heads * self.d_head
         matrices = 2 * d * d + 2 * d * kv + (2 if self.kind == "gpt2" else 3) * d * self.d_ff
-        attention = 2 * d * ((context or self.context) + 1) // 2  # scores and weighted values
-        forward = 2 * (self.n_layers * (matrices + attention) + self.vocab_size * d)
+        attention = d * ((context or self.context) + 1)
+        forward = 2 * (self.n_layers * (matrices + attention) + d * self.vocab_size)
         return forward * (3 if training else 1)

@@ -20,15 +20,15 @@ def build(config: ModelConfig, seed: int = 0) -> nn.Module:
     (GPT-2's initialisation), biases zero, norms one. Depends on `seed` only; the global generator isn't touched."""
     with torch.device("meta"):
         model = KINDS[config.kind](config)
-    model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() < 2:
-                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            else:
-                residual = name.endswith("out.weight")
-                p.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02, generator=generator)
+    weights = {}
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            weights[name] = torch.full(p.shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            std = 0.02 / math.sqrt(2 * config.n_layers) if name.endswith("out.weight") else 0.02
+            weights[name] = torch.empty(p.shape).normal_(0.0, std, generator=generator)
+    model.load_state_dict(weights, assign=True)
     return model
 
 

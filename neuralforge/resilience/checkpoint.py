@@ -78,7 +78,7 @@ def save(
             _discard(old)
     except OSError as e:
         _delete(folder)
-        raise CheckpointError(_failed(root, needed, e)) from e
+        raise write_error(root, needed, e) from e
     except BaseException:
         _delete(folder)
         raise
@@ -152,6 +152,17 @@ def unflatten(tensors: dict[str, torch.Tensor], like: Any) -> Any:
             f"place for. Resume with the configuration that the checkpoint was made with."
         )
     return tree_unflatten(leaves, tree)
+
+
+def write_error(folder: Path, needed: int, e: OSError) -> CheckpointError:
+    """What to raise where `needed` bytes can't be written below `folder`, once the half-written is deleted."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+        return CheckpointError(
+            f"{folder}: the disk is full: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free. Nothing was "
+            f"written, and what was there is intact. Free some space, or choose a folder on another disk."
+        )
+    return CheckpointError(f"{folder}: can't be written: {e}. What was there is intact. Choose a writable folder.")
 
 
 def _path(path: tuple) -> str:
@@ -260,13 +271,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _failed(root: Path, needed: int, e: OSError) -> str:
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(root).free
-        return (
-            f"{root}: the disk is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free. Nothing "
-            f"was written and earlier checkpoints are intact. Free some space, or choose a folder on another disk."
-        )
-    return f"{root}: can't write a checkpoint: {e}. Earlier checkpoints are intact. Choose a writable folder."
