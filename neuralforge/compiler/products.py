@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ def choose_products(equations: list[Equation]) -> dict[Equation, Callable]:
             continue
         layouts = ";".join(f"{tuple(v.shape)}{tuple(v.strides)}" for v in eq.args)
         key = f"{eq.name} {layouts} threads={torch.get_num_threads()}"
-        candidates = {"aten": eq.op, "onednn": call}
-        if choices.get(key, lambda: _fastest(candidates, eq.args)) == "onednn":
+        if choices.get(key, partial(_fastest, {"aten": eq.op, "onednn": call}, eq.args)) == "onednn":
             chosen[eq] = call
     choices.save()
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,16 +18,20 @@ from .toolchain import cache_folder, cpu_features, cpu_model
 
 class Choices:
     """A table of timed choices, `{key: {"choice": name, "seconds": {name: best}}}`, one JSON file a machine, torch
-    version and topic. Processes may race: the last to save wins, and a damaged file counts as empty."""
+    version and topic. Processes may race: the first choice saved stays, since another kernel rounds differently. A
+    damaged file counts as empty."""
 
     def __init__(self, topic: str):
         machine = "\0".join([cpu_model(), *sorted(cpu_features()), torch.__version__])
         self.path: Path = cache_folder() / f"{topic}-{hashlib.sha256(machine.encode()).hexdigest()[:12]}.json"
-        try:
-            self.table: dict[str, Any] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.table = {}
+        self.table: dict[str, Any] = self._read()
         self._changed = False
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> str:
         """The name of the remembered choice, measured now if there is none."""
@@ -40,8 +45,14 @@ class Choices:
         if not self._changed:
             return
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-                json.dump(self.table, file, indent=1)
-            os.replace(file.name, self.path)
+            with open(self.path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.table.update(self._read())
+                self._write()
         except OSError:
             pass
+
+    def _write(self) -> None:
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
+            json.dump(self.table, file, indent=1)
+        os.replace(file.name, self.path)

@@ -34,11 +34,11 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     if dry_run:
         return print_plan(config)
     start = checkpoint_to_resume(out, resume)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(dump(config))
     report = Report(config, out)
     dataset = prepare_data(config, report)
-    dataset.tokenizer.save(out / "tokenizer.json")
+    batch, context = config.train.batch * config.train.accumulate, config.model.context
+    sampler = Sampler(dataset.train, batch=batch, context=context, seed=config.train.seed)
+    validation_batches(dataset.valid, config.train.batch, context, limit=1)  # is there text enough?
 
     torch.manual_seed(config.train.seed)
     model_config = config.model_config(dataset.tokenizer.vocab_size)
@@ -46,17 +46,17 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     init, step_fn, loss_fn = make_step(model, config)
     step_fn, evaluate = jit(step_fn, donate=(0,)), jit(loss_fn)
     state: State = init()
-    batch = config.train.batch * config.train.accumulate
-    sampler = Sampler(dataset.train, batch=batch, context=config.model.context, seed=config.train.seed)
     done, valid_loss = 0, None
     if start is not None:
         state, done, valid_loss = restore(start, state, sampler)
+
+    write_start(out, config, dataset)  # all that could be wrong has been looked at
     baseline = bigram_loss(dataset.train, dataset.valid, model_config.vocab_size)
     report.start(done, model_config, dataset, baseline, peak_flops().value)
 
     def validate() -> float:
         model.eval()
-        batches = validation_batches(dataset.valid, config.train.batch, config.model.context, config.train.eval_batches)
+        batches = validation_batches(dataset.valid, config.train.batch, context, config.train.eval_batches)
         losses = [evaluate(state["params"], b["tokens"]).item() for b in batches]
         model.train()
         return sum(losses) / len(losses)
@@ -112,6 +112,16 @@ def prepare_data(config: Config, report: Report) -> Dataset:
     data = config.data
     with report.preparing() as progress:
         return prepare(data.path, Path(data.cache), data.vocab_size, data.valid_fraction, data.text_field, progress)
+
+
+def write_start(out: Path, config: Config, dataset: Dataset) -> None:
+    """The run's folder, with what is needed to use its checkpoints."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(dump(config), encoding="utf-8")
+    except OSError as e:
+        raise CheckpointError(f"{out}: can't make the run's folder: {e}. Choose another with --out.") from e
+    dataset.tokenizer.save(out / "tokenizer.json")
 
 
 def restore(folder: Path, like: State, sampler: Sampler) -> tuple[State, int, float | None]:

@@ -1,0 +1,197 @@
+"""`neuralforge train` and `generate` as a user runs them, on small models and real text."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from neuralforge.cli.main import main
+from neuralforge.resilience import latest, load
+
+TEXT = "\n".join(f"def square_{i}(x):\n    return x * x + {i}\n" for i in range(2000))
+SMALL = [
+    "--data.vocab_size=300", "--model.depth=1", "--model.context=32", "--model.d_model=32", "--train.batch=4",
+    "--train.eval_batches=2", "--train.eval_every=10", "--train.checkpoint_every=10", "--sample.tokens=20",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "code.txt"
+    path.write_text(TEXT)
+    return [f"--data={path}", f"--data.cache={tmp_path / 'cache'}", *SMALL]
+
+
+def checkpoint(out: Path):
+    return load(latest(out / "checkpoints"))
+
+
+def metrics(out: Path):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_whole_run(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *text, "--steps=80", "--optimizer.lr=1e-2", f"--out={out}"]) == 0
+    told = capsys.readouterr().out
+    for part in ("model   gpt2", "bigram", "validation loss", "bits per byte", "sample", "def "):
+        assert part in told
+    steps = [line for line in metrics(out) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 81))
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    for name in ("loss.png", "loss.svg", "config.toml", "tokenizer.json"):
+        assert (out / name).stat().st_size > 100, name
+    assert len(list((out / "checkpoints").glob("step-*"))) == 2, "the newest two are kept"
+
+    # The same prompt and seed give the same text; standard input is a prompt too.
+    texts = []
+    for seed in (1, 1, 2):
+        assert main(["generate", f"--out={out}", "--prompt=def sq", "--tokens=30", f"--seed={seed}"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("def sq")
+
+    # A finished run isn't overwritten, and resuming it with more steps goes on.
+    before = (out / "config.toml").read_text()
+    assert main(["train", *text, f"--out={out}"]) == 2
+    assert "--resume" in capsys.readouterr().err and (out / "config.toml").read_text() == before
+    assert main(["train", "--resume", "--steps=90", f"--out={out}"]) == 0
+    assert checkpoint(out)[1]["step"] == 90
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_resume_is_bit_for_bit(kind, text, tmp_path, capsys):
+    args = [*text, "--steps=30", f"--model.kind={kind}", "--model.dropout=0.1"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(["train", *args, f"--out={whole}"]) == 0
+    assert main(["train", *args, f"--out={halves}"]) == 0
+    shutil.rmtree(halves / "checkpoints" / "step-00000030")  # as if it had been killed after step 20
+    assert main(["train", "--resume", f"--out={halves}"]) == 0
+    a, b = checkpoint(whole), checkpoint(halves)
+    assert a[1] == b[1] and a[0].keys() == b[0].keys()
+    assert all((a[0][name] == b[0][name]).all() for name in a[0])
+    losses = lambda out: [(line["step"], line.get("loss"), line.get("valid_loss")) for line in metrics(out)]
+    assert losses(whole) == losses(halves)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_cleanly(how, text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "neuralforge.cli", "train", *text, "--steps=1000000", "--schedule.warmup=2", f"--out={out}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not (out / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, how)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert "stopped and saved at step" in told and "Traceback" not in told
+    done = checkpoint(out)[1]["step"]
+    assert done == metrics(out)[-1]["step"] and (out / "loss.png").exists()
+    assert main(["train", "--resume", f"--steps={done + 2}", f"--out={out}"]) == 0
+    assert checkpoint(out)[1]["step"] == done + 2
+
+
+def test_config_file_and_the_resolved_copy_run_again(text, tmp_path, capsys):
+    toml = tmp_path / "run.toml"
+    toml.write_text("[train]\nsteps = 3\nseed = 5\n[model]\nkind = 'llama'\n")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(["train", f"--config={toml}", *text, f"--out={a}"]) == 0
+    assert main(["train", f"--config={a / 'config.toml'}", f"--out={b}"]) == 0
+    assert [line.get("loss") for line in metrics(a)] == [line.get("loss") for line in metrics(b)]
+    assert "kind = \"llama\"" in (b / "config.toml").read_text()
+
+
+def test_dry_run_writes_nothing(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *text, "--dry-run", f"--out={out}"]) == 0
+    assert "parameters" in capsys.readouterr().out and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ("empty", "empty"),
+        ("binary", "byte"),
+        ("missing", "does not exist"),
+        ("unreadable", "permission|can't be read|read"),
+        ("short", "tokens"),
+        ("not a corpus", "can't read a file of kind"),
+    ],
+)
+def test_bad_input(spoil, message, text, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "code.txt"
+    if spoil == "empty":
+        path.write_text("")
+    elif spoil == "binary":
+        path.write_bytes(TEXT.encode() + b"\x00\xff\xfe" * 50)
+    elif spoil == "missing":
+        path.unlink()
+    elif spoil == "unreadable":
+        if os.geteuid() == 0:
+            monkeypatch.setattr("builtins.open", deny(path, open))
+            monkeypatch.setattr("io.open", deny(path, open))
+            monkeypatch.setattr("pathlib.Path.read_bytes", deny_method(path, Path.read_bytes))
+        path.chmod(0)
+    elif spoil == "short":
+        path.write_text("print(1)\n" * 4)
+    else:
+        path = path.rename(path.with_suffix(".exe"))
+        text = [f"--data={path}", *text[1:]]
+    out = tmp_path / "run"
+    assert main(["train", *text, "--steps=3", f"--out={out}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error: ") and re.search(message, error, re.IGNORECASE), error
+    assert not out.exists(), "nothing is left half-written"
+
+
+def deny(path, function):
+    def wrapped(file, *args, **kwargs):
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(file, *args, **kwargs)
+
+    return wrapped
+
+
+def deny_method(path, method):
+    return lambda self, *args: deny(path, lambda file, *a: method(file, *a))(self, *args)
+
+
+def test_a_corrupted_checkpoint(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *text, "--steps=20", f"--out={out}"]) == 0
+    file = latest(out / "checkpoints") / "tensors.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 0x10
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert main(["train", "--resume", "--steps=25", f"--out={out}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "step-00000020" in error and "step-00000010" in error, error
+    shutil.rmtree(file.parent)  # what the error says to do
+    assert main(["train", "--resume", "--steps=25", f"--out={out}"]) == 0
+
+
+@pytest.mark.parametrize("kilobytes, message", [(400, "disk is full.* MB are free"), (640, "disk is full")])
+def test_a_full_disk(kilobytes, message, text, tmp_path, capsys):
+    """The disk fills up with the second checkpoint, or with the curve at the end."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        assert main(["train", *text, "--steps=20", f"--out={disk / 'run'}"]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert re.search(message, error), error
+        left = [p.name for p in (disk / "run" / "checkpoints").iterdir()]
+        assert left and not any(".tmp" in name for name in left)
+        load(latest(disk / "run" / "checkpoints"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
