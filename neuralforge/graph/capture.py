@@ -23,7 +23,6 @@ from .ir import Equation, Graph, Value, map_tree
 from .source import origin, user_line
 from .tracer import Tracer
 
-
 _BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
 
 

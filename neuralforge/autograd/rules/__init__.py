@@ -1,6 +1,7 @@
 """Derivative rules, a file for each family of operators."""
 
 from . import (  # noqa: F401  (they register themselves)
+    choice,
     convolution,
     distance,
     factorizations,
@@ -15,6 +16,7 @@ from . import (  # noqa: F401  (they register themselves)
     scatter,
     shape,
     special,
+    spectra,
 )
 from .table import (
     Derivative,

@@ -60,4 +60,3 @@ def _weight_gradient(image, g, shape, stride, padding, dilation, groups):
     for i, k in enumerate(shape[2:]):
         found = found.narrow(i + 2, 0, k)
     return found
-

@@ -1,9 +1,4 @@
-"""Matrix factorizations: LU, Cholesky, QR, singular values, eigenvalues.
-
-Cotangents of vectors that are defined only up to a phase (eigenvectors, singular vectors) make sense for functions
-that don't depend on the phase. Where eigenvalues coincide the derivative of their vectors doesn't exist, and is
-infinite here as in PyTorch.
-"""
+"""Matrix factorizations: LU, Cholesky, QR."""
 
 from __future__ import annotations
 
@@ -18,20 +13,16 @@ def _eye(n, like):
     return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
-def _diag(x, like):
+def as_diagonal(x, like):
     """Vectors as diagonal matrices of another's dtype."""
     return torch.diag_embed(x.to(like.dtype))
 
 
-def _diagonal(x):
+def diagonal(x):
     return x.diagonal(0, -2, -1)
 
 
-def _row(x):
-    return x.unsqueeze(-2)
-
-
-def _plus(*terms):
+def plus(*terms):
     """The sum of the terms that aren't None."""
     total = None
     for t in terms:
@@ -57,7 +48,7 @@ def _lu_derivative(p, l, u):
         return (l_ @ k.tril(-1))[..., : l.shape[-2], : l.shape[-1]], (k.triu() @ u_)[..., : u.shape[-2], : u.shape[-1]]
 
     def pull(gl, gu):
-        k = _plus(
+        k = plus(
             None if gl is None else (adjoint(l_) @ _embed(gl, size)).tril(-1),
             None if gu is None else (_embed(gu, size) @ adjoint(u_)).triu(),
         )
@@ -122,7 +113,7 @@ def lu_unpack(out, lu, pivots, unpack_data=True, unpack_pivots=True):
     k = min(m, n)
 
     def vjp(gs):
-        return _plus(
+        return plus(
             None if gs[1] is None else aten.constant_pad_nd(gs[1].tril(-1), [0, n - k], 0),
             None if gs[2] is None else aten.constant_pad_nd(gs[2].triu(), [0, 0, 0, m - k], 0),
         )
@@ -161,7 +152,7 @@ def _cholesky_derivative(y, upper):
     """Murray 2016, https://arxiv.org/abs/1602.07527"""
     flip = adjoint if upper else lambda x: x
     solve = torch.linalg.solve_triangular
-    half = lambda x: x.tril() - 0.5 * torch.diag_embed(_diagonal(x))
+    half = lambda x: x.tril() - 0.5 * torch.diag_embed(diagonal(x))
 
     def pull(g):
         l = flip(y)
@@ -216,14 +207,14 @@ def qr(out, a, mode="reduced"):
         rest = None
         if n > m:  # the columns beyond the square are Q^H A
             if gr is not None:
-                gq = _plus(gq, a[..., k:] @ adjoint(gr[..., k:]))
+                gq = plus(gq, a[..., k:] @ adjoint(gr[..., k:]))
                 rest, gr = q @ gr[..., k:], gr[..., :k]
-        c = _plus(
+        c = plus(
             None if gr is None else r[..., :k] @ adjoint(gr), None if gq is None else -(adjoint(gq) @ q)
         )
         low = c.tril(-1)
-        sym = low + adjoint(low) + _diag(torch.real(_diagonal(c)), c)
-        g = over_r(_plus(gq, q @ sym), True)
+        sym = low + adjoint(low) + as_diagonal(torch.real(diagonal(c)), c)
+        g = over_r(plus(gq, q @ sym), True)
         if n > m:
             g = torch.cat([g, torch.zeros_like(a[..., k:]) if rest is None else rest], -1)
         return g
@@ -232,7 +223,7 @@ def qr(out, a, mode="reduced"):
         c = over_r(adjoint(q) @ t[..., :k], False)
         u = c.triu() + adjoint(c.tril(-1))
         if c.is_complex():
-            u = u - _diag(torch.imag(_diagonal(c)), c) * 1j
+            u = u - as_diagonal(torch.imag(diagonal(c)), c) * 1j
         tr = u @ r[..., :k]
         tq = over_r(t[..., :k] - q @ tr, False)
         if n > m:
@@ -264,134 +255,3 @@ def _reflect(a, tau, c, transpose):
         column, scale = v[..., :, i : i + 1], tau[..., i, None, None]
         c = c - (conj(scale) if transpose else scale) * column @ (adjoint(column) @ c)
     return c
-
-
-# ---- spectra
-
-
-@rule("_linalg_eigh")
-def eigh(out, a, uplo="L", compute_v=True):
-    vectors = lambda: out if compute_v else aten._linalg_eigh(a, uplo, True)
-
-    def vjp(gs):
-        w, v = vectors()
-        inner = None if gs[1] is None else (adjoint(v) @ gs[1]) / _gaps(w)
-        inner = _plus(None if inner is None else _hollow(inner), None if gs[0] is None else _diag(gs[0], v))
-        return v @ inner @ adjoint(v)
-
-    def jvp(t):
-        w, v = vectors()
-        inner = adjoint(v) @ t @ v
-        return torch.real(_diagonal(inner)), v @ _hollow(inner / _gaps(w)) if compute_v else None
-
-    return Derivative(vjp, jvp)
-
-
-def _gaps(w):
-    """w_j - w_i, with ones on the diagonal."""
-    return _row(w) - w.unsqueeze(-1) + torch.diag_embed(torch.ones_like(w))
-
-
-def _hollow(x):
-    return x - torch.diag_embed(_diagonal(x))
-
-
-@rule("linalg_eig")
-def eig(out, a):
-    return _eig_derivative(a, lambda: out)
-
-
-@rule("linalg_eigvals", "_linalg_eigvals")
-def eigvals(w, a):
-    both = _eig_derivative(a, lambda: aten.linalg_eig(a))
-    return Derivative(lambda g: both.vjp((g, None)), lambda t: both.jvp(t)[0])
-
-
-def _eig_derivative(a, values):
-    def vjp(gs):
-        w, v = values()
-        inner = None
-        if gs[1] is not None:
-            turned = adjoint(v) @ gs[1]
-            # The vectors have unit length: their cotangent along themselves is lost.
-            turned = turned - adjoint(v) @ v * _row(torch.real(_diagonal(turned)))
-            inner = _hollow(turned / conj(_gaps(w)))
-        inner = _plus(inner, None if gs[0] is None else torch.diag_embed(gs[0]))
-        return torch.linalg.solve(adjoint(v), inner @ adjoint(v))
-
-    def jvp(t):
-        w, v = values()
-        inner = torch.linalg.solve(v, t.to(v.dtype) @ v)
-        tv = v @ _hollow(inner / _gaps(w))
-        return _diagonal(inner), tv - v * _row(torch.real(_diagonal(adjoint(v) @ tv)))
-
-    return Derivative(vjp, jvp)
-
-
-@rule("_linalg_svd")
-def svd(out, a, full_matrices=False, compute_uv=True, *, driver=None):
-    m, n = a.shape[-2:]
-    k = min(m, n)
-
-    def factors():
-        u, s, vh = out if compute_uv else aten._linalg_svd(a, False, True, driver=driver)
-        return u[..., :, :k], s, vh[..., :k, :]
-
-    def gaps(s):
-        return (_row(s) - s.unsqueeze(-1)) * (_row(s) + s.unsqueeze(-1)) + torch.diag_embed(torch.ones_like(s))
-
-    def vjp(gs):
-        u, s, vh = factors()
-        gu, g, gvh = gs
-        gu = None if gu is None else gu[..., :, :k]
-        gvh = None if gvh is None else gvh[..., :k, :]
-        inner = None if g is None else _diag(g, a)
-        if gu is None and gvh is None:
-            return u @ inner @ vh
-        uu = None if gu is None else adjoint(u) @ gu
-        vv = None if gvh is None else vh @ adjoint(gvh)
-        skew = lambda x: x - adjoint(x)
-        inner = _plus(
-            inner,
-            None if uu is None else _hollow(skew(uu) / gaps(s)) * _row(s),
-            None if vv is None else s.unsqueeze(-1) * _hollow(skew(vv) / gaps(s)),
-        )
-        if a.is_complex() and uu is not None:
-            inner = inner + _diag(torch.imag(_diagonal(uu)) / s, a) * 1j
-        total = u @ inner @ vh
-        if m > k and gu is not None:
-            rest = gu / _row(s)
-            total = total + (rest - u @ (adjoint(u) @ rest)) @ vh
-        if n > k and gvh is not None:
-            rest = gvh / s.unsqueeze(-1)
-            total = total + u @ (rest - (rest @ adjoint(vh)) @ vh)
-        return total
-
-    def jvp(t):
-        if k == 0:
-            return tuple(torch.zeros_like(r) for r in out)
-        if compute_uv and full_matrices and m != n:
-            raise DifferentiationError(
-                f"{user_line()}: linalg.svd with full_matrices=True of a matrix of shape {tuple(a.shape)} has no "
-                f"forward derivative: the completing vectors aren't determined. Use full_matrices=False."
-            )
-        u, s, vh = factors()
-        inner = adjoint(u) @ t @ adjoint(vh)
-        ts = torch.real(_diagonal(inner))
-        if not compute_uv:
-            return None, ts, None
-        sym = lambda x: x + adjoint(x)
-        ku = _hollow(sym(inner * _row(s)) / gaps(s))
-        kv = _hollow(sym(s.unsqueeze(-1) * inner) / gaps(s))
-        if a.is_complex():
-            ku = ku + _diag(torch.imag(_diagonal(inner)) / s, a) * 1j
-        tu, tvh = u @ ku, adjoint(kv) @ vh
-        if m > k:
-            rest = t @ adjoint(vh) / _row(s)
-            tu = tu + rest - u @ (adjoint(u) @ rest)
-        if n > k:
-            rest = adjoint(u) @ t / s.unsqueeze(-1)
-            tvh = tvh + rest - rest @ adjoint(vh) @ vh
-        return tu, ts, tvh
-
-    return Derivative(vjp, jvp)

@@ -68,6 +68,20 @@ def index_put(y, x, indices, values, accumulate=False):
     )
 
 
+@rule("index_fill")
+def index_fill(y, x, dim, index, value):
+    clear = lambda g: g.index_fill(dim, index, 0)
+    return (
+        Derivative(clear, clear),
+        None,
+        None,
+        Derivative(
+            lambda g: (g - clear(g)).sum(),
+            lambda t: t * torch.zeros_like(y).index_fill(dim, index, 1),
+        ),
+    )
+
+
 @rule("scatter_add")
 def scatter_add(y, x, dim, index, src):
     shape = src.shape

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .table import Derivative, aten, conj, diagonal, linear, nondifferentiable, rule
+from .table import Derivative, conj, diagonal, linear, nondifferentiable, rule
 
 # ---- arithmetic
 
@@ -218,49 +218,7 @@ def hypot(y, a, b):
     return diagonal(lambda: a / y), diagonal(lambda: b / y)
 
 
-# ---- activations
-
-
-@rule("sigmoid")
-def sigmoid(y, x):
-    return diagonal(lambda: y * (1 - y))
-
-
-@rule("relu")
-def relu(y, x):
-    return diagonal(lambda: (y > 0).to(y.dtype))
-
-
-@rule("gelu")
-def gelu(y, x, *, approximate="none"):
-    slope = lambda g: aten.gelu_backward(g, x, approximate=approximate)
-    return Derivative(slope, slope)
-
-
-@rule("silu")
-def silu(y, x):
-    if x.is_complex():
-        return diagonal(lambda: x.sigmoid() * (1 + x * (1 - x.sigmoid())))
-    slope = lambda g: aten.silu_backward(g, x)
-    return Derivative(slope, slope)
-
-
-# ---- choosing
-
-
-@rule("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
-def where(y, mask, a, b):
-    keep = lambda g: torch.where(mask, g, 0)
-    drop = lambda g: torch.where(mask, 0, g)
-    return None, Derivative(keep, keep), Derivative(drop, drop)
-
-
-@rule("masked_fill")
-def masked_fill(y, x, mask, value):
-    keep = lambda g: g.masked_fill(mask, 0)
-    return Derivative(keep, keep), None, Derivative(
-        lambda g: torch.where(mask, g, 0), lambda t: torch.where(mask, t, 0)
-    )
+# ---- parts of numbers
 
 
 @rule("abs")
@@ -268,6 +226,18 @@ def abs(y, x):
     if x.is_complex():
         return Derivative(lambda g: g * x.sgn(), lambda t: torch.real(conj(x.sgn()) * t))
     return diagonal(lambda: x.sgn())
+
+
+@rule("sgn")
+def sgn(y, x):
+    if not x.is_complex():
+        return None
+
+    def across(t):  # what of a change is across the number, by its size; symmetric, so also the adjoint
+        size = x.abs()
+        return torch.where(x == 0, 0, (t - y * torch.real(conj(y) * t)) / torch.where(size == 0, 1, size))
+
+    return Derivative(across, across)
 
 
 @rule("angle")
@@ -298,33 +268,6 @@ def frexp(out, x):
     exponent = out[1]
     slope = lambda: torch.exp2(-exponent.to(x.dtype))
     return Derivative(lambda gs: gs[0] * slope(), lambda t: (t * slope(), None))
-
-
-@rule("maximum", "fmax")
-def maximum(y, a, b):
-    # Equal arguments share the derivative, as in PyTorch.
-    return diagonal(lambda: _share(a > b, a == b, y)), diagonal(lambda: _share(b > a, a == b, y))
-
-
-@rule("minimum", "fmin")
-def minimum(y, a, b):
-    return diagonal(lambda: _share(a < b, a == b, y)), diagonal(lambda: _share(b < a, a == b, y))
-
-
-def _share(wins, ties, like):
-    return wins.to(like.dtype) + ties.to(like.dtype) / 2
-
-
-@rule("clamp", "clamp.Tensor")
-def clamp(y, x, low=None, high=None):
-    def inside():
-        keep = torch.ones_like(y, dtype=torch.bool)
-        keep = keep if low is None else keep & (x >= low)
-        return (keep if high is None else keep & (x <= high)).to(y.dtype)
-
-    at_low = diagonal(lambda: ((x < low) & (True if high is None else low < high)).to(y.dtype))
-    at_high = diagonal(lambda: ((x > high) | (False if low is None else low > high)).to(y.dtype))
-    return diagonal(inside), at_low, at_high
 
 
 # ---- dtype, copies, and what has no derivative

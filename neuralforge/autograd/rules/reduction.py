@@ -103,7 +103,7 @@ def extreme(y, x):
 
 @rule("linalg_vector_norm", forward=True)
 def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    def slope():  # d|x|_p/dx; zero where the norm is, though there it has no second derivative
+    def slope():  # d|x|_p/dx, and zero where the norm is
         n = keep_dims(y, dim, keepdim, x.dim())
         if ord == 0:
             return torch.zeros_like(x)
@@ -112,12 +112,14 @@ def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
         if math.isinf(ord):
             mask = (x.abs() == n).to(n.dtype)
             return x.sgn() * (mask / _sum(mask, dim, True))
+        zero = n == 0
+        n = torch.where(zero, 1, n)
         if ord == 2:
-            return torch.where(n == 0, 0, x / n)
-        power = x.abs() ** (ord - 1)
-        if ord < 1:
-            power = torch.where(x == 0, 0, power)
-        return torch.where(n == 0, 0, x.sgn() * power / n ** (ord - 1))
+            return torch.where(zero, 0, x / n)
+        if ord > 2:
+            return torch.where(zero, 0, x * x.abs() ** (ord - 2) / n ** (ord - 1))
+        power = torch.where(x == 0, 1, x.abs()) ** (ord - 1)
+        return torch.where(zero, 0, x.sgn() * power / n ** (ord - 1))
 
     return Derivative(
         lambda g: keep_dims(g, dim, keepdim, x.dim()) * slope(),

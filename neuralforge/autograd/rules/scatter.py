@@ -38,7 +38,7 @@ def scatter_reduce(y, x, dim, index, src, reduce, *, include_self=True):
             at_x = 1 / n
             at_src = at_x.gather(dim, index)
         elif reduce == "prod":
-            at_x, at_src = _others(x, read)
+            at_x, at_src = _other_factors(x if include_self else torch.ones_like(x), dim, index, read)
         else:
             hit_x, hit = (x == y).to(y.dtype), (read == y.gather(dim, index)).to(y.dtype)
             if not include_self:
@@ -47,17 +47,6 @@ def scatter_reduce(y, x, dim, index, src, reduce, *, include_self=True):
             share = 1 / torch.where(n == 0, 1, n)
             at_x, at_src = hit_x * share, hit * share.gather(dim, index)
         return (at_x if include_self else at_x.scatter(dim, index, 0.0)), at_src
-
-    def _others(x, read):
-        """Products of all other factors, exact where one of them is zero."""
-        whole_x = x if include_self else x.scatter(dim, index, 1.0)
-        zero_x, zero = (whole_x == 0).to(y.dtype), (read == 0).to(y.dtype)
-        zeros = add(zero_x, zero)
-        full_x, full = torch.where(whole_x == 0, 1, whole_x), torch.where(read == 0, 1, read)
-        product = full_x.scatter_reduce(dim, index, full, "prod")
-        at_x = torch.where(zeros == zero_x, product / full_x, 0)
-        at_src = torch.where(zeros.gather(dim, index) == zero, product.gather(dim, index) / full, 0)
-        return at_x, at_src
 
     shape = src.shape
     return (
@@ -69,6 +58,38 @@ def scatter_reduce(y, x, dim, index, src, reduce, *, include_self=True):
             lambda t: add(torch.zeros_like(y), (crop(t, index.shape) if t.dim() else t) * slopes()[1]),
         ),
     )
+
+
+def _other_factors(x, dim, index, read):
+    """For each factor of each product that scatter_reduce forms, the product of the others, by multiplications alone:
+    exact where factors are zero, in every order of derivative. The factors are sorted by product, and within each
+    product what comes before is multiplied by what comes after."""
+    if not index.dim():
+        return read.expand(x.shape), x.expand(read.shape)
+    region = list(index.shape)
+    region[dim] = x.shape[dim]
+    part = crop(x, region)
+    own = torch.arange(x.shape[dim], device=x.device).reshape([-1] + [1] * (x.dim() - 1 - dim % x.dim()))
+    key = torch.cat([own.expand(region), index], dim).movedim(dim, -1)
+    key, order = torch.sort(key, dim=-1, stable=True)
+    factors = torch.cat([part, read], dim).movedim(dim, -1).gather(-1, order)
+    before = _product_before(factors, key)
+    after = _product_before(factors.flip(-1), key.flip(-1)).flip(-1)
+    others = torch.zeros_like(factors).scatter(-1, order, before * after).movedim(-1, dim)
+    at_x, at_src = others.split_with_sizes([x.shape[dim], index.shape[dim]], dim)
+    return 1 + pad_to(at_x - 1, x.shape), at_src
+
+
+def _product_before(x, key):
+    """The product of the elements before each one that share its key, along the last dimension, by doubling."""
+    one = torch.ones_like(x[..., :1])
+    same = lambda step: key[..., step:] == key[..., :-step]
+    y = torch.cat([one, torch.where(same(1), x[..., :-1], 1)], -1)
+    step = 1
+    while step < x.shape[-1]:
+        y = torch.cat([y[..., :step], y[..., step:] * torch.where(same(step), y[..., :-step], 1)], -1)
+        step *= 2
+    return y
 
 
 @definition("index_reduce")
