@@ -8,6 +8,7 @@ cut. One process at a time saves under a root.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -254,7 +255,8 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def _write(path: Path, text: str) -> None:
