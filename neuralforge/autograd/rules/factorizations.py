@@ -6,7 +6,7 @@ import torch
 
 from ...errors import DifferentiationError
 from ...graph.source import user_line
-from .table import Derivative, adjoint, aten, conj, definition, rule
+from .table import Derivative, adjoint, aten, conj, definition, plus, rule
 
 
 def _eye(n, like):
@@ -20,15 +20,6 @@ def as_diagonal(x, like):
 
 def diagonal(x):
     return x.diagonal(0, -2, -1)
-
-
-def plus(*terms):
-    """The sum of the terms that aren't None."""
-    total = None
-    for t in terms:
-        if t is not None:
-            total = t if total is None else total + t
-    return total
 
 
 # ---- triangular factors

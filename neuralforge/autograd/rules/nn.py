@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .table import Derivative, Joint, aten, definition, rule
+from .table import Derivative, Joint, aten, definition, plus, rule
 
 
 @rule("native_layer_norm", forward=False)
@@ -25,16 +25,12 @@ def layer_norm(out, x, shape, weight, bias, eps):
             mask = [wanted[0], wanted[2], wanted[3]]
             dx, dw, db = aten.native_layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask)
         if g_mean is not None and wanted[0]:
-            dx = _plus(dx, (g_mean / size).expand(x.shape))
+            dx = plus(dx, (g_mean / size).expand(x.shape))
         if g_rstd is not None and wanted[0]:
-            dx = _plus(dx, g_rstd * -(rstd**3) * (x - mean) / size)
+            dx = plus(dx, g_rstd * -(rstd**3) * (x - mean) / size)
         return dx, None, dw, db, None
 
     return Joint(vjp)
-
-
-def _plus(a, b):
-    return b if a is None else a + b
 
 
 @rule("nll_loss_forward", forward=False)
@@ -78,7 +74,7 @@ def flash_attention(out, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=N
             p, _ = _scores(q, _group(k, q.shape[1]), is_causal, attn_mask, scale)
             ds = g_lse.unsqueeze(-1) * p * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
             dk = _ungroup(ds.transpose(-2, -1) @ q, k)
-            grads = [_plus(ds @ _group(k, q.shape[1]), grads[0]), _plus(dk, grads[1]), grads[2]]
+            grads = [plus(ds @ _group(k, q.shape[1]), grads[0]), plus(dk, grads[1]), grads[2]]
         return (*grads, None, None)
 
     return Joint(vjp)

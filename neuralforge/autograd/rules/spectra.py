@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .factorizations import as_diagonal, diagonal, plus
-from .table import Derivative, adjoint, aten, conj, rule
+from .factorizations import as_diagonal, diagonal
+from .table import Derivative, adjoint, aten, conj, plus, rule
 
 
 def _row(x):

@@ -125,6 +125,15 @@ def conj(x: Any) -> Any:
     return x.conjugate() if isinstance(x, complex) else x
 
 
+def plus(*terms: Any) -> Any:
+    """The sum of the terms that aren't None."""
+    total = None
+    for t in terms:
+        if t is not None:
+            total = t if total is None else total + t
+    return total
+
+
 def adjoint(x: torch.Tensor) -> torch.Tensor:
     """The conjugate transpose of (batches of) matrices."""
     return conj(x.transpose(-2, -1))
