@@ -140,7 +140,7 @@ class Tracer(TorchDispatchMode):
             self._assign(target, value)
         if result is not None:
             return result
-        return groups[0] if len(groups) == 1 else tuple(groups)
+        return groups[0] if len(func._schema.returns) == 1 else tuple(groups)
 
     def _reshape(self, func: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
         """An operator that changes a tensor's shape in place. Python code that holds the tensor can't be served, but
@@ -237,6 +237,11 @@ _TWINS: dict[str, Any] = {
     "aten::_native_batch_norm_legit": aten._native_batch_norm_legit_functional.default,
     "aten::_batch_norm_with_update": aten._batch_norm_with_update_functional.default,
     "aten::rrelu_with_noise": aten.rrelu_with_noise_functional.default,
+    "aten::rrelu_with_noise_": aten.rrelu_with_noise_functional.default,
+    "aten::pow_.Scalar": aten.pow.Tensor_Scalar,
+    "aten::pow_.Tensor": aten.pow.Tensor_Tensor,
+    "aten::polygamma_": lambda x, n: aten.polygamma.default(n, x),
+    "aten::conj_physical_": aten._conj_physical.default,
 }
 _VIEWS_IN_PLACE = {"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"}
 _REFUSED = _VIEWS_IN_PLACE | {"resize_", "resize_as_", "set_", "as_strided_"}

@@ -1,13 +1,14 @@
 """Derivatives checked against torch.autograd over PyTorch's own operator database (`op_db`).
 
 It mirrors PyTorch's test/test_ops_gradients.py: every operator variant that torch differentiates, all its sample
-inputs, float64 and complex128. Four checks:
+inputs, float64 and complex128. The checks:
 
 - reverse: `nf.vjp` gives the operator's result and, with random cotangents, equals `torch.autograd.grad`;
 - second: the vjp of that vjp, in the inputs and the cotangents, equals torch's double backward;
 - forward: `nf.jvp` equals `torch.autograd.forward_ad`, or the reverse derivative (by an inner product) where torch has
   no forward mode or its two modes disagree;
-- captured: the captured vjp, interpreted, equals the eager one (on the first samples).
+- captured: the captured vjp, interpreted, equals the eager one (on the first samples);
+- in place: the operator's in-place variant, on a copy of its input, passes the check "reverse".
 
 A wrong number is a failure, and so is any exception but ours. Where torch and ours differ, central differences in
 float64 say who is wrong; where torch gives NaN its number isn't known. An operator that raises DifferentiationError or
@@ -30,7 +31,7 @@ from neuralforge.autograd import jvp, vjp
 from neuralforge.errors import CaptureError, DifferentiationError
 from neuralforge.graph import capture
 
-CHECKS = ("reverse", "second", "forward", "captured")
+CHECKS = ("reverse", "second", "forward", "captured", "in place")
 CAPTURED_SAMPLES = 3
 
 Tensors = list[torch.Tensor]
@@ -78,10 +79,17 @@ def check(op, max_samples: int | None = None) -> Result:
         for number, (f, leaves) in enumerate(_cases(op, dtype, max_samples)):
             _check_sample(op, f, leaves, result, captured=number < CAPTURED_SAMPLES)
             result.samples += 1
+        in_place = op.get_inplace()
+        if in_place is not None and op.supports_inplace_autograd:
+            on_a_copy = lambda x, *args, **kwargs: in_place(x.clone(), *args, **kwargs)
+            for f, leaves in _cases(op, dtype, max_samples, on_a_copy):
+                _check_in_place(f, leaves, result)
     return result
 
 
-def _cases(op, dtype: torch.dtype, max_samples: int | None) -> Iterator[tuple[Callable, Tensors]]:
+def _cases(
+    op, dtype: torch.dtype, max_samples: int | None, in_place: Callable | None = None
+) -> Iterator[tuple[Callable, Tensors]]:
     torch.manual_seed(0)
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
     if max_samples is not None and len(samples) > max_samples:
@@ -89,11 +97,11 @@ def _cases(op, dtype: torch.dtype, max_samples: int | None) -> Iterator[tuple[Ca
     for sample in samples:
         flat, tree = tree_flatten((sample.input, tuple(sample.args), dict(sample.kwargs)))
         at = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
-        if at:
-            yield _function(op, sample, flat, tree, at), [flat[i].detach() for i in at]
+        if at and not (in_place and sample.broadcasts_input):
+            yield _function(op, in_place or op.op, sample, flat, tree, at), [flat[i].detach() for i in at]
 
 
-def _function(op, sample, flat: list, tree, at: list[int]) -> Callable[..., Tensors]:
+def _function(op, variant: Callable, sample, flat: list, tree, at: list[int]) -> Callable[..., Tensors]:
     """The operator as a function of its differentiable leaves; returns its floating-point outputs."""
 
     def f(*leaves: torch.Tensor) -> Tensors:
@@ -102,7 +110,7 @@ def _function(op, sample, flat: list, tree, at: list[int]) -> Callable[..., Tens
             full[i] = leaf
         first, args, kwargs = tree_unflatten(full, tree)
         torch.manual_seed(0)  # operators that draw random numbers draw the same ones on both sides
-        out = sample.output_process_fn_grad(op.gradcheck_wrapper(op.op, first, *args, **kwargs))
+        out = sample.output_process_fn_grad(op.gradcheck_wrapper(variant, first, *args, **kwargs))
         return [y for y in tree_leaves(out) if isinstance(y, torch.Tensor) and (y.is_floating_point() or y.is_complex())]
 
     return f
@@ -164,6 +172,24 @@ def _check_sample(op, f: Callable, leaves: Tensors, result: Result, captured: bo
             product = sum(_inner(c, p) for c, p in zip(plain, pushed))
             eps = max(torch.finfo(y.dtype).eps for y in outs)
             _compare([product], [sum(_inner(d, t) for d, t in zip(expected, tangents))], eps)
+
+
+def _check_in_place(f: Callable, leaves: Tensors, result: Result) -> None:
+    tracked = [x.detach().requires_grad_() for x in leaves]
+    try:
+        outs = f(*tracked)
+    except RuntimeError:
+        return  # the result doesn't fit into the input
+    if not all(y.requires_grad for y in outs):
+        return
+    plain = [_random_like(y) for y in outs]
+    grads = torch.autograd.grad(outs, tracked, plain, allow_unused=True)
+    with _judging(result, "in place"):
+        values, pullback = vjp(f, *leaves)
+        _compare(values, [y.detach() for y in outs])
+        _compare_or_measure(
+            list(pullback(plain)), [_dense(d, x) for d, x in zip(grads, leaves)], f, leaves, plain, result
+        )
 
 
 def _own(x: object) -> object:

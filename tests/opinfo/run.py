@@ -111,7 +111,8 @@ def write(results: list[Result]) -> None:
         "Each variant of PyTorch's operator database that torch differentiates, all its sample inputs in float64 and",
         "complex128, against torch.autograd; written by `python tests/opinfo/run.py`. *unsupported*: it raises an error",
         "that says so; *fail*: a wrong number or another exception; *skip*: torch has no such derivative.",
-        "*captured* is the gradient function captured as a graph and interpreted.",
+        "*captured* is the gradient function captured as a graph and interpreted; *in place* the reverse derivative of the",
+        "in-place variant.",
         "",
         "| | pass | unsupported | fail | of | share |",
         "|---|---|---|---|---|---|",
@@ -123,7 +124,7 @@ def write(results: list[Result]) -> None:
         lines.append(
             f"| {name} | {n['pass']} | {n['unsupported']} | {n['fail']} | {total} | {100 * n['pass'] / max(total, 1):.1f} % |"
         )
-    lines += ["", f"| operator | {' | '.join(CHECKS)} | reason |", "|---|---|---|---|---|---|"]
+    lines += ["", f"| operator | {' | '.join(CHECKS)} | reason |", "|---" * (len(CHECKS) + 2) + "|"]
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in sorted(rows.items())]
     TABLE.write_text("\n".join(lines) + "\n")
 
