@@ -14,7 +14,7 @@ from ..errors import CaptureError
 from ..graph import Captured, capture
 from ..graph.source import user_line
 from .executor import Program
-from .kernels import destination_kernel
+from .kernels import claim
 from .pipeline import optimise
 from .products import choose_products
 
@@ -84,7 +84,7 @@ class Compiled:
         # What the function itself writes to can't be given away.
         self.donated = [i for i in donated if i not in captured.writes]
         calls = choose_products(graph.equations)
-        kernels = {eq: k for eq in graph.equations if eq not in calls and (k := destination_kernel(eq)) is not None}
+        kernels = {eq: kernel for eq, kernel in claim(graph).items() if eq not in calls}
         self.program = Program(graph, kernels, calls, [graph.inputs[i] for i in self.donated])
 
     def __call__(self, tensors: list[torch.Tensor]) -> Any:

@@ -6,6 +6,7 @@ groups have only this form.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +14,11 @@ from typing import Any
 
 import torch
 
-from ..graph.ir import Equation
+from ..errors import KernelError
+from ..graph.ir import Equation, Graph
 from ..graph.tracer import operator_traits
+from .codegen import build
+from .fuse import Fused
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,25 @@ class Kernel:
     run: Callable[[tuple, tuple, dict], None]
     elementwise: bool
     """An output may be the memory of an argument of the same type that nobody reads afterwards."""
+
+
+def claim(graph: Graph) -> dict[Equation, Kernel]:
+    """The equations that run in destination-passing form: fused groups and ATen's structured operators."""
+    kernels = {eq: kernel for eq in graph.equations if (kernel := destination_kernel(eq)) is not None}
+    fused = [eq for eq in graph.equations if isinstance(eq.op, Fused)]
+    if fused:
+        try:
+            runs = build([eq.op for eq in fused])
+        except KernelError as e:
+            _say_once(f"fused kernels can't be built, and plain operators run in their place: {e}")
+        else:
+            kernels.update((eq, Kernel(runs[eq.op], True)) for eq in fused)
+    return kernels
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
 
 
 def destination_kernel(eq: Equation) -> Kernel | None:

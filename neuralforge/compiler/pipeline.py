@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..graph import Graph, verify
-from .passes import common_subexpressions, dead_code, fold_constants, simplify
+from .fuse import fuse
+from .passes import common_subexpressions, dead_code, fold_constants, simplify, transpose_products
 
 PASSES: list[Callable[[Graph], Graph]] = [
     simplify,
     dead_code,
     fold_constants,
+    transpose_products,
     simplify,
     common_subexpressions,
     dead_code,
+    fuse,
 ]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from neuralforge.compiler.passes import common_subexpressions, dead_code, fold_constants, simplify
+from neuralforge.compiler.passes import common_subexpressions, dead_code, fold_constants, simplify, transpose_products
 from neuralforge.graph import capture, verify
 
 
@@ -71,3 +71,15 @@ def test_simplify_keeps_what_changes_memory_layout():
     after = dead_code(simplify(graph))
     assert "aten.clone" in names(after)
     same(graph, after, x)
+
+
+def test_transpose_products():
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    graph = capture(lambda a, b: ((a @ b).t() + 1, (a @ b).transpose(0, 1)), a, b).graph
+    after = dead_code(simplify(transpose_products(graph)))
+    verify(after, types=True)
+    assert [eq.name for eq in after.equations].count("aten.mm") == 2
+    for x, y in zip(graph(a, b), after(a, b)):
+        assert torch.allclose(x, y)
+    kept = capture(lambda a, b: [(p := a @ b).t() + 1, p], a, b).graph
+    assert len(transpose_products(kept).equations) == len(kept.equations), "the product itself is used too"

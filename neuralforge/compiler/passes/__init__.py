@@ -1,6 +1,7 @@
 """Passes: functions from graph to graph."""
 
 from .constants import fold_constants
+from .layout import transpose_products
 from .simplify import common_subexpressions, dead_code, simplify
 
-__all__ = ["common_subexpressions", "dead_code", "fold_constants", "simplify"]
+__all__ = ["common_subexpressions", "dead_code", "fold_constants", "simplify", "transpose_products"]
