@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
-from ..graph.ir import Value
+from ..graph.ir import Graph, Value
 from ..kernels.toolchain import load_many
 from .fuse import Fused
 from .pointwise import LETTERS, constant, expression
 
 BLOCK = 4096
 """Elements of the innermost dimension that a thread takes at once."""
-PARTS = 4
+SERIAL = 32768
+"""Elements below which a kernel runs on one thread."""
+FILES = 4
 """Files that the kernels of one program are spread over, to compile side by side."""
 LANES = {"f": "float", "d": "double", "l": "long", "b": "unsigned char"}
 aten = torch.ops.aten
@@ -33,8 +35,8 @@ aten = torch.ops.aten
 class Layout:
     """A group's iteration space: merged dimensions, outermost first, and each operand's strides in them (elements)."""
 
-    def __init__(self, group: Fused):
-        graph = group.graph
+    def __init__(self, graph: Graph):
+        self.graph = graph
         self.inputs = graph.inputs
         self.sums = [v for eq in graph.equations if eq.op is aten.sum.default for v in eq.results if v in graph.outputs]
         self.outputs = [v for v in graph.outputs if v not in self.sums]
@@ -61,19 +63,16 @@ class Layout:
 def build(groups: list[Fused]) -> dict[Fused, Callable[[tuple, tuple, dict], None]]:
     """Native code for `groups`: for each, `run(outputs, inputs, kwargs)` that fills preallocated outputs. Raises
     KernelError as the toolchain does."""
-    layouts = {group: Layout(group) for group in groups}
+    layouts = {group: [Layout(part) for part in group.parts] for group in groups}
     bodies: dict[str, str] = {}  # text of a function -> its name
-    name_of = {}
-    for group, layout in layouts.items():
-        text = _function(group, layout)
-        name_of[group] = bodies.setdefault(text, f"kernel{len(bodies)}")
+    name_of = {group: bodies.setdefault(source(layouts[group][0]), f"kernel{len(bodies)}") for group in groups}
     header = Path(__file__).with_name("vector.h").read_text()
-    parts: list[list[str]] = [[] for _ in range(min(PARTS, len(bodies)))]
+    files: list[list[str]] = [[] for _ in range(min(FILES, len(bodies)))]
     for n, (text, name) in enumerate(bodies.items()):
-        parts[n % len(parts)].append(text.replace("KERNEL", name))
+        files[n % len(files)].append(text.replace("KERNEL", name))
     lanes = f"#define L {_lanes()}\n"
-    libraries = load_many([(lanes + header + "\n".join(part), "fused") for part in parts])
-    where = {name: libraries[n % len(parts)] for n, name in enumerate(bodies.values())}
+    libraries = load_many([(lanes + header + "\n".join(file), "fused") for file in files])
+    where = {name: libraries[n % len(files)] for n, name in enumerate(bodies.values())}
     return {group: _caller(getattr(where[name_of[group]], name_of[group]), layouts[group], group) for group in groups}
 
 
@@ -83,78 +82,93 @@ def _lanes() -> int:
     return {"avx512": 16, "avx2": 8, "portable": 4}[isa()]
 
 
-def _caller(function: Any, layout: Layout, group: Fused) -> Callable[[tuple, tuple, dict], None]:
-    """Bind a C function to a group's sizes and strides."""
-    operands = [*layout.inputs, *layout.outputs]
-    numbers = [*layout.sizes]
-    for v in operands:
-        numbers += layout.strides[v][:-1] if layout.inner(v) < 2 else layout.strides[v]
-    sizes = (ctypes.c_long * len(numbers))(*numbers)
-    pointers = ctypes.c_void_p * (len(operands) + len(layout.sums))
-    function.argtypes, function.restype = [pointers, ctypes.c_void_p], None
+def _caller(function: Any, layouts: list[Layout], group: Fused) -> Callable[[tuple, tuple, dict], None]:
+    """Bind a C function to the sizes and strides of a group's parts."""
+    numbers: list[int] = []
+    read: list[int] = []  # which argument, or which result, each pointer is
+    for layout in layouts:
+        numbers += layout.sizes
+        for v in (*layout.inputs, *layout.outputs):
+            numbers += layout.strides[v][:-1] if layout.inner(v) < 2 else layout.strides[v]
+        read += [group.graph.inputs.index(v) for v in layout.inputs]
+        read += [len(group.graph.inputs) + group.graph.outputs.index(v) for v in (*layout.outputs, *layout.sums)]
+    sizes, count = (ctypes.c_long * len(numbers))(*numbers), len(layouts)
+    pointers = ctypes.c_void_p * len(read)
+    function.argtypes, function.restype = [pointers, ctypes.c_void_p, ctypes.c_long], None
     expected = [(tuple(v.shape), tuple(v.strides)) for v in group.graph.inputs]
-    where = [group.graph.outputs.index(v) for v in (*layout.outputs, *layout.sums)]
     checked = False
 
     def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
         nonlocal checked
         if not checked:  # an operator may lay out its result otherwise than its fake one did
+            given = inputs
             inputs = tuple(
                 t if (tuple(t.shape), t.stride()) == e else torch.empty_strided(*e, dtype=t.dtype).copy_(t)
-                for t, e in zip(inputs, expected)
+                for t, e in zip(given, expected)
             )
-            checked = all((tuple(t.shape), t.stride()) == e for t, e in zip(inputs, expected))
-        function(pointers(*[t.data_ptr() for t in inputs], *[outputs[i].data_ptr() for i in where]), sizes)
+            checked = all(a is b for a, b in zip(given, inputs))
+        at = [t.data_ptr() for t in inputs] + [t.data_ptr() for t in outputs]
+        function(pointers(*[at[i] for i in read]), sizes, count)
 
     return run
 
 
-def _function(group: Fused, layout: Layout) -> str:
+def source(layout: Layout) -> str:
+    """The C function for groups laid out like this one, named KERNEL; it takes several, one after the other in
+    `pointers` and `sizes`, and shares all their blocks out among the threads together."""
     names = {v: f"x{i}" for i, v in enumerate(layout.inputs)}
     names.update((v, f"y{i}") for i, v in enumerate(layout.outputs))
-    names.update((v, f"s{i}") for i, v in enumerate(layout.sums))
     operands = [*layout.inputs, *layout.outputs]
     depth = len(layout.sizes)
-    head, next_number = [f"long n{k} = sizes[{k}];" for k in range(depth)], depth
+    last = depth - 1
+    letter = {v: LETTERS[v.dtype] for v in (*operands, *layout.sums)}
+    outer = "".join(f" * sizes[{k}]" for k in range(last))
+
+    head = [f"long n{k} = sizes[{k}];" for k in range(depth)]
+    number = depth
+    place = [f"long i{k} = rest % n{k}; rest /= n{k};" for k in reversed(range(last))]  # where the block begins
     for i, v in enumerate(operands):
-        kind = LANES[LETTERS[v.dtype]]
-        head.append(f"{kind} *{names[v]} = pointers[{i}];")
-        count = depth - 1 if layout.inner(v) < 2 else depth
-        for k in range(count):
-            head.append(f"long {names[v]}_{k} = sizes[{next_number + k}];")
-        next_number += count
-    outer = " * ".join(f"n{k}" for k in range(depth - 1)) or "1"
-    place = []  # where this block begins, for every operand
-    for k in reversed(range(depth - 1)):
-        place.append(f"long i{k} = rest % n{k}; rest /= n{k};")
-    for v in operands:
-        steps = "".join(f" + i{k} * {names[v]}_{k}" for k in range(depth - 1))
-        begin = {0: "", 1: " + begin", 2: f" + begin * {names[v]}_{depth - 1}"}[layout.inner(v)]
-        place.append(f"{LANES[LETTERS[v.dtype]]} *p_{names[v]} = {names[v]}{steps}{begin};")
-    for i, v in enumerate(layout.sums):
-        head.append(f"double *partial{i} = __builtin_malloc(sizeof(double) * tasks);")
-        place.append(f"{LETTERS[v.dtype]} total{i} = {{}};")
-    once = [f"{LETTERS[v.dtype]} v_{names[v]} = SET_ALL_{LETTERS[v.dtype]}(*p_{names[v]});" for v in layout.inputs if layout.inner(v) == 0]
-    whole, some = (_body(group, layout, names, tail) for tail in (False, True))
-    finish = []
-    for i, v in enumerate(layout.sums):
-        finish.append(f"double sum{i} = 0; for (int j = 0; j < L; j++) sum{i} += total{i}[j]; partial{i}[task] = sum{i};")
-    end = []
-    for i, v in enumerate(layout.sums):
-        kind = LANES[LETTERS[v.dtype]]
-        end.append(f"double all{i} = 0; for (long task = 0; task < tasks; task++) all{i} += partial{i}[task];")
-        end.append(f"*({kind} *)pointers[{len(operands) + i}] = ({kind})all{i}; __builtin_free(partial{i});")
-    lines = "\n    "
+        steps = last if layout.inner(v) < 2 else depth
+        head += [f"long {names[v]}_{k} = sizes[{number + k}];" for k in range(steps)]
+        number += steps
+        offset = "".join(f" + i{k} * {names[v]}_{k}" for k in range(last))
+        offset += {0: "", 1: " + begin", 2: f" + begin * {names[v]}_{last}"}[layout.inner(v)]
+        place.append(f"{LANES[letter[v]]} *{names[v]} = ({LANES[letter[v]]} *)pointers[{i}]{offset};")
+    place += [f"{letter[v]} {names[v]}v = SET_ALL_{letter[v]}(*{names[v]});" for v in layout.inputs if layout.inner(v) == 0]
+    place += [f"{letter[v]} total{i} = {{}};" for i, v in enumerate(layout.sums)]
+    after = [
+        f"double sum{i} = 0; for (int j = 0; j < L; j++) sum{i} += total{i}[j]; partial[global * {len(layout.sums)} + {i}] = sum{i};"
+        for i in range(len(layout.sums))
+    ]
+    end = [
+        f"{{ double all = 0; for (long t = start[part]; t < start[part + 1]; t++) all += partial[t * {len(layout.sums)} + {i}];"
+        f" *({LANES[letter[v]]} *)all_pointers[part * {len(operands) + len(layout.sums)} + {len(operands) + i}] = all; }}"
+        for i, v in enumerate(layout.sums)
+    ]
+    whole, some = (_body(layout, names, tail) for tail in (False, True))
+    line = "\n        "
     return f"""
-void KERNEL(void **pointers, const long *sizes) {{
-    {lines.join(h for h in head if not h.startswith("double *partial"))}
-    long blocks = (n{depth - 1} + {BLOCK - 1}) / {BLOCK}, tasks = ({outer}) * blocks;
-    {lines.join(h for h in head if h.startswith("double *partial"))}
-    #pragma omp parallel for schedule(static) if (({outer}) * n{depth - 1} > 8192)
-    for (long task = 0; task < tasks; task++) {{
+void KERNEL(void **all_pointers, const long *all_sizes, long parts) {{
+    long start[parts + 1], work = 0;
+    start[0] = 0;
+    for (long part = 0; part < parts; part++) {{
+        const long *sizes = all_sizes + part * {number};
+        long rows = 1{outer};
+        start[part + 1] = start[part] + rows * ((sizes[{last}] + {BLOCK - 1}) / {BLOCK});
+        work += rows * sizes[{last}];
+    }}
+    {f"double *partial = __builtin_malloc(sizeof(double) * start[parts] * {len(layout.sums)});" if layout.sums else ""}
+    #pragma omp parallel for schedule(static) if (work > {SERIAL})
+    for (long global = 0; global < start[parts]; global++) {{
+        long low = 0, high = parts; /* start[low] <= global < start[high] */
+        while (high - low > 1) {{ long mid = (low + high) / 2; if (start[mid] <= global) low = mid; else high = mid; }}
+        void **pointers = all_pointers + low * {len(operands) + len(layout.sums)};
+        const long *sizes = all_sizes + low * {number};
+        {line.join(head)}
+        long task = global - start[low], blocks = (n{last} + {BLOCK - 1}) / {BLOCK};
         long rest = task / blocks, begin = task % blocks * {BLOCK};
-        long count = n{depth - 1} - begin < {BLOCK} ? n{depth - 1} - begin : {BLOCK};
-        {(lines + "    ").join([*place, *once])}
+        long count = n{last} - begin < {BLOCK} ? n{last} - begin : {BLOCK};
+        {line.join(place)}
         long i = 0;
         for (; i + L <= count; i += L) {{
             {whole}
@@ -163,23 +177,24 @@ void KERNEL(void **pointers, const long *sizes) {{
             long n = count - i;
             {some}
         }}
-        {(lines + "    ").join(finish)}
+        {line.join(after)}
     }}
-    {lines.join(end)}
+    {"for (long part = 0; part < parts; part++) {" + line.join(end) + "}" if end else ""}
+    {"__builtin_free(partial);" if end else ""}
 }}
 """
 
 
-def _body(group: Fused, layout: Layout, names: dict[Value, str], tail: bool) -> str:
+def _body(layout: Layout, names: dict[Value, str], tail: bool) -> str:
     """The statements for one vector of elements; in the tail for its first n lanes."""
     lines, n = [], "n" if tail else "L"
-    local = {v: f"v_{names[v]}" for v in layout.inputs}
+    local = {v: f"{names[v]}v" for v in layout.inputs}
     for v in layout.inputs:
-        t, p = LETTERS[v.dtype], f"p_{names[v]}"
+        t, p = LETTERS[v.dtype], names[v]
         if layout.inner(v) == 1:
             lines.append(f"{t} {local[v]} = " + (f"load_some_{t}({p} + i, n);" if tail else f"load_{t}({p} + i);"))
         elif layout.inner(v) == 2:
-            step = f"{names[v]}_{len(layout.sizes) - 1}"
+            step = f"{p}_{len(layout.sizes) - 1}"
             lines.append(f"{t} {local[v]} = load_apart_{t}({p} + i * {step}, {step}, {n});")
 
     def operand(x: Any, t: str) -> str:
@@ -188,17 +203,16 @@ def _body(group: Fused, layout: Layout, names: dict[Value, str], tail: bool) -> 
         own = LETTERS[x.dtype]
         return local[x] if own == t else f"{t}_from_{own}({local[x]})"
 
-    for i, eq in enumerate(group.graph.equations):
-        if eq.op is aten.sum.default:
-            if eq.outputs in layout.sums:
-                x, s = operand(eq.args[0], LETTERS[eq.outputs.dtype]), layout.sums.index(eq.outputs)
-                t = LETTERS[eq.outputs.dtype]
-                lines.append(f"total{s} += FIRST_{t}({x}, n);" if tail else f"total{s} += {x};")
-            continue
-        local[eq.outputs] = f"t{i}"
-        lines.append(f"{LETTERS[eq.outputs.dtype]} t{i} = {expression(eq, operand)};")
+    for i, eq in enumerate(layout.graph.equations):
+        t = LETTERS[eq.outputs.dtype]
+        if eq.op is not aten.sum.default:
+            local[eq.outputs] = f"t{i}"
+            lines.append(f"{t} t{i} = {expression(eq, operand)};")
+        elif eq.outputs in layout.sums:
+            x = operand(eq.args[0], t)
+            lines.append(f"total{layout.sums.index(eq.outputs)} += " + (f"FIRST_{t}({x}, n);" if tail else f"{x};"))
     for v in layout.outputs:
-        t, p = LETTERS[v.dtype], f"p_{names[v]}"
+        t, p = LETTERS[v.dtype], names[v]
         lines.append(f"store_some_{t}({p} + i, {local[v]}, n);" if tail else f"store_{t}({p} + i, {local[v]});")
     return "\n            ".join(lines)
 

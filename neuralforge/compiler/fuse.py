@@ -24,16 +24,30 @@ WORTH_ALONE = {aten.gelu.default, aten.gelu_backward.default, aten.silu_backward
 
 
 class Fused:
-    """The operator of a group: called, it interprets `graph`; `codegen` builds native code for it."""
+    """The operator of one or more groups of equal structure: called, it interprets `graph`; `codegen` builds native
+    code that runs all `parts` at once."""
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        names = [eq.op.overloadpacket.__name__.split(".")[-1].lstrip("_") for eq in graph.equations]
+    def __init__(self, parts: list[Graph]):
+        self.parts = parts
+        self.graph = Graph(
+            inputs=list(dict.fromkeys(v for part in parts for v in part.inputs)),
+            equations=[eq for part in parts for eq in part.equations],
+            outputs=[v for part in parts for v in part.outputs],
+        )
+        names = [eq.op.overloadpacket.__name__.split(".")[-1].lstrip("_") for eq in parts[0].equations]
         short = list(dict.fromkeys(names))
         self.name = "fused_" + "_".join(short[:5]) + (f"_and_{len(names) - 5}" if len(names) > 5 else "")
+        if len(parts) > 1:
+            self.name += f"_x{len(parts)}"
 
     def __call__(self, *tensors: torch.Tensor) -> tuple:
         return tuple(self.graph(*tensors))
+
+    def may_overwrite(self, output: Value, operand: Value) -> bool:
+        """May `output` be put where `operand` (of the same type, read for the last time) is? Within one part an
+        element is read before it is written; parts run side by side."""
+        part = next(part for part in self.parts if output in part.outputs)
+        return operand in part.inputs and sum(operand in other.inputs for other in self.parts) == 1
 
 
 def fuse(graph: Graph) -> Graph:
@@ -204,4 +218,4 @@ def _fused_equation(group: _Group, used_outside: set[Value]) -> Equation:
     outputs = [v for eq in group.equations for v in eq.results if v in used_outside]
     inner = Graph(inputs=inputs, equations=group.equations, outputs=list(outputs))
     last = group.equations[-1]
-    return Equation(Fused(inner), tuple(inputs), {}, tuple(outputs), last.source, "fuse")
+    return Equation(Fused([inner]), tuple(inputs), {}, tuple(outputs), last.source, "fuse")

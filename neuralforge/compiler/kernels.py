@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import KernelError
-from ..graph.ir import Equation, Graph
+from ..graph.ir import Equation, Graph, Value
 from ..graph.tracer import operator_traits
 from .codegen import build
 from .fuse import Fused
@@ -26,8 +26,8 @@ class Kernel:
     """`run(outputs, args, kwargs)` computes an equation into preallocated `outputs` (a tuple, one for each result)."""
 
     run: Callable[[tuple, tuple, dict], None]
-    elementwise: bool
-    """An output may be the memory of an argument of the same type that nobody reads afterwards."""
+    may_overwrite: Callable[[Value, Value], bool] = lambda output, operand: False
+    """May an output be put where an operand of the same type is, which nobody reads afterwards?"""
 
 
 def claim(graph: Graph) -> dict[Equation, Kernel]:
@@ -40,7 +40,7 @@ def claim(graph: Graph) -> dict[Equation, Kernel]:
         except KernelError as e:
             _say_once(f"fused kernels can't be built, and plain operators run in their place: {e}")
         else:
-            kernels.update((eq, Kernel(runs[eq.op], True)) for eq in fused)
+            kernels.update((eq, Kernel(runs[eq.op], eq.op.may_overwrite)) for eq in fused)
     return kernels
 
 
@@ -63,7 +63,7 @@ def destination_kernel(eq: Equation) -> Kernel | None:
     def run(outputs: tuple, args: tuple, kwargs: dict) -> None:
         op(*args, **kwargs, **dict(zip(names, outputs)))
 
-    return Kernel(run, torch.Tag.pointwise in eq.op.tags)
+    return Kernel(run, lambda output, operand: torch.Tag.pointwise in eq.op.tags)
 
 
 @cache

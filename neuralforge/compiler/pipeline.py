@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..graph import Graph, verify
+from .batch import batch
 from .fuse import fuse
 from .passes import common_subexpressions, dead_code, fold_constants, simplify, transpose_products
 
@@ -17,14 +18,13 @@ PASSES: list[Callable[[Graph], Graph]] = [
     common_subexpressions,
     dead_code,
     fuse,
+    batch,
 ]
 
 
 def optimise(graph: Graph) -> Graph:
     """The graph after all passes."""
-    for _, graph in stages(graph):
-        pass
-    return graph
+    return list(stages(graph))[-1][1]
 
 
 def stages(graph: Graph) -> Iterator[tuple[str, Graph]]:

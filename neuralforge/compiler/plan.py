@@ -71,19 +71,20 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
         kernel = kernels.get(eq)
         if kernel is None:
             continue
-        overwritable = [v for v in dict.fromkeys(eq.inputs) if kernel.elementwise and death[root_of(roots, v)] == i]
+        dying = [v for v in dict.fromkeys(eq.inputs) if death[root_of(roots, v)] == i]
         for out in eq.results:
             if out in escaping:
-                source = _take_over(out, i, overwritable, free_inputs, death)
+                source = _take_over(out, i, dying, kernel, free_inputs, death)
                 if source is None:
                     plan.fresh.append(out)
                 else:
                     plan.takes_over[out] = source
                     free_inputs.remove(source)
                 continue
-            reused = next((v for v in overwritable if v in plan.buffers and _alike(v, out)), None)
+            reusable = (v for v in dying if v in plan.buffers and _alike(v, out) and kernel.may_overwrite(out, v))
+            reused = next(reusable, None)
             if reused is not None:
-                overwritable.remove(reused)
+                dying.remove(reused)
                 plan.buffers[out] = plan.buffers[reused]
                 plan.buffers[out].last = death[out]
             else:
@@ -94,12 +95,14 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
     return plan
 
 
-def _take_over(out: Value, i: int, overwritable: list, free: list[Value], death: dict[Value, int]) -> Value | None:
+def _take_over(
+    out: Value, i: int, dying: list[Value], kernel: Kernel, free: list[Value], death: dict[Value, int]
+) -> Value | None:
     """A donated input whose memory `out` may have: read for the last time before it, or by the same elementwise
     operator."""
-    for v in overwritable:
-        if v in free and _alike(v, out):
-            overwritable.remove(v)
+    for v in dying:
+        if v in free and _alike(v, out) and kernel.may_overwrite(out, v):
+            dying.remove(v)
             return v
     return next((v for v in free if _alike(v, out) and death.get(v, -1) < i), None)
 
