@@ -239,6 +239,19 @@ def test_a_kill_in_the_middle_of_writing(tmp_path):
     assert names(tmp_path) == ["latest", "next"]
 
 
+def test_everything_is_flushed_before_it_is_named(tmp_path, monkeypatch):
+    """What a power cut leaves depends on this order alone."""
+    did = []
+    fsync, replace = os.fsync, os.replace
+    short = lambda path: re.sub(r"\.tmp-\w+", ".tmp", str(Path(path).relative_to(tmp_path)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (did.append(short(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (did.append(f"-> {short(b)}"), replace(a, b)))
+    save(tmp_path, "x", state(1), {})
+    assert did == [
+        "x.tmp/tensors.safetensors", "x.tmp/metadata.json", "x.tmp", "-> x", "latest.tmp", "-> latest", ".",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 2 MB."""
