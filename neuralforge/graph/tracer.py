@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         traits = operator_traits(func)
-        if traits.makes_complex or any(_is_complex(a) for a in args):
+        if traits.makes_complex or _any_complex(args):
             with _lazy_conjugates():
                 return self._dispatch(func, traits, args, kwargs or {})
         return self._dispatch(func, traits, args, kwargs or {})
@@ -182,10 +182,14 @@ class Tracer(TorchDispatchMode):
         """Called at the first write to a tensor that wasn't made inside. Subclasses may refuse."""
 
 
-def _is_complex(x: Any) -> bool:
-    if isinstance(x, torch.Tensor):
-        return x.is_complex()
-    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], torch.Tensor) and x[0].is_complex()
+def _any_complex(args: Any) -> bool:
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if a.is_complex():
+                return True
+        elif isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor) and _any_complex(a):
+            return True
+    return False
 
 
 def _lazy_conjugates() -> Any:

@@ -152,3 +152,9 @@ def test_a_rule_that_stops_short_is_an_error(table):
     rule("mul")(lambda y, a, b: Derivative(lambda g: g * b, lambda t: t * b))
     with pytest.raises(DifferentiationError, match="covers 1 arguments, and argument 1 depends"):
         nf.grad(lambda x: (2 * x * x).sum())(make(3))
+
+
+def test_class_weights_have_no_derivative():
+    logits, weight = make(3, 4).log_softmax(-1), make(4).abs()
+    with pytest.raises(DifferentiationError, match="nll_loss_forward covers 2 arguments"):
+        nf.grad(lambda w: F.nll_loss(logits, torch.tensor([0, 1, 3]), w))(weight)

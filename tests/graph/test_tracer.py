@@ -80,6 +80,7 @@ def test_comparing_values_is_refused():
         capture(lambda x, y: x if torch.equal(x, y) else y, torch.ones(2), torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_sparse_tensors_are_refused():
     with pytest.raises(CaptureError, match="torch.sparse_csr"):
         capture(lambda x: x + x, torch.eye(3).to_sparse_csr())

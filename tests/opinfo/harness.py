@@ -7,6 +7,8 @@ inputs, float64 and complex128. The checks:
 - second: the vjp of that vjp, in the inputs and the cotangents, equals torch's double backward;
 - forward: `nf.jvp` equals `torch.autograd.forward_ad`, or the reverse derivative (by an inner product) where torch has
   no forward mode or its two modes disagree;
+- mixed: the jvp of the vjp (a Hessian-vector product), and the vjp of the jvp, agree with torch's double backward, by an
+  inner product;
 - captured: the captured vjp, interpreted, equals the eager one (on the first samples);
 - in place: the operator's in-place variant, on a copy of its input, passes the check "reverse".
 
@@ -20,6 +22,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -31,7 +35,7 @@ from neuralforge.autograd import jvp, vjp
 from neuralforge.errors import CaptureError, DifferentiationError
 from neuralforge.graph import capture
 
-CHECKS = ("reverse", "second", "forward", "captured", "in place")
+CHECKS = ("reverse", "second", "forward", "mixed", "captured", "in place")
 CAPTURED_SAMPLES = 3
 
 Tensors = list[torch.Tensor]
@@ -81,10 +85,13 @@ def check(op, max_samples: int | None = None) -> Result:
             result.samples += 1
         in_place = op.get_inplace()
         if in_place is not None and op.supports_inplace_autograd:
-            on_a_copy = lambda x, *args, **kwargs: in_place(x.clone(), *args, **kwargs)
-            for f, leaves in _cases(op, dtype, max_samples, on_a_copy):
+            for f, leaves in _cases(op, dtype, max_samples, partial(_on_a_copy, in_place)):
                 _check_in_place(f, leaves, result)
     return result
+
+
+def _on_a_copy(in_place: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return in_place(x.clone(), *args, **kwargs)
 
 
 def _cases(
@@ -153,11 +160,16 @@ def _check_sample(op, f: Callable, leaves: Tensors, result: Result, captured: bo
     directions = [_random_like(x) for x in leaves]
     twice = _torch_second(f, tracked, kept, cotangents, directions, grads) if twice_differentiable else None
     if twice is not None:
+        ours: Any = ()
         with _judging(result, "second"):
             ours = vjp(gradients, *leaves, *plain)[1](directions)
             wanted = [_dense(d, x) for d, x in zip(twice, [*leaves, *plain])]
             measurable = gradients if right else None
             _compare_or_measure(list(ours), wanted, measurable, [*leaves, *plain], directions, result)
+        with _judging(result, "mixed"):
+            if not ours:
+                raise DifferentiationError("no second derivative")
+            _check_mixed(g, gradients, leaves, plain, directions, list(ours))
 
     with _judging(result, "forward"):
         tangents = [_random_like(x) for x in leaves]
@@ -172,6 +184,22 @@ def _check_sample(op, f: Callable, leaves: Tensors, result: Result, captured: bo
             product = sum(_inner(c, p) for c, p in zip(plain, pushed))
             eps = max(torch.finfo(y.dtype).eps for y in outs)
             _compare([product], [sum(_inner(d, t) for d, t in zip(expected, tangents))], eps)
+
+
+def _check_mixed(f: Callable, gradients: Callable, leaves: Tensors, plain: Tensors, v: Tensors, twice: Tensors) -> None:
+    """With H the derivative of <c, J v> in the inputs, which is the second-order reverse result: <H, t> by forward mode
+    over reverse, and H by reverse over forward mode."""
+    n = len(leaves)
+    t = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5)) for x in leaves]
+    moved = jvp(lambda *xs: gradients(*xs, *plain), tuple(leaves), tuple(t))[1]
+    eps = 10 * max(torch.finfo(x.dtype).eps for x in (*leaves, *plain))  # cancelling sums in low precision
+    product, expected = (sum(_inner(a, b) for a, b in zip(*pair)) for pair in ((moved, v), (twice[:n], t)))
+    whole = sum(_inner(h.abs(), b.abs()) for h, b in zip(twice[:n], t))  # how large the terms are
+    _compare([product, whole], [expected, whole], eps)
+    if any(x.is_complex() for x in (*leaves, *plain)):
+        return  # v is conjugated in one order and not in the other
+    back = vjp(lambda *xs: jvp(f, xs, tuple(v))[1], *leaves)[1](plain)
+    _compare(list(back), twice[:n], eps)
 
 
 def _check_in_place(f: Callable, leaves: Tensors, result: Result) -> None:
@@ -276,8 +304,9 @@ def _compare(found: Tensors, expected: Tensors, eps: float = 0.0) -> None:
     for i, (a, b) in enumerate(zip(found, expected)):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise WrongNumber(f"item {i} is {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}")
-        size = max(_size(b), whole if a.dtype in (torch.float32, torch.complex64) else 0.0)
-        tolerance = max(1e-7, 30 * max(eps, torch.finfo(a.dtype).eps))
+        precision = max(eps, torch.finfo(a.dtype).eps)
+        size = max(_size(b), whole if precision > 1e-10 else 0.0)
+        tolerance = max(1e-7, 30 * precision)
         close = torch.isclose(a, b, rtol=tolerance * 10, atol=tolerance * max(size, 1e-3), equal_nan=True)
         if not close.all():
             worst = (a - b).abs()[~close].nan_to_num(float("inf")).max().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...errors import DifferentiationError
 from .table import Derivative, adjoint, aten, conj, definition, linear, rule
 
 # ---- products
@@ -58,6 +59,16 @@ def trilinear(a, b, c, expand1, expand2, expand3, sum_dim, unroll_dim=1):
     return product.sum(sum_dim) if sum_dim else product
 
 
+def _first(gs, count=1):
+    """The cotangents of the public results; the others are a factorization's workings."""
+    if any(g is not None for g in gs[count:]):
+        raise DifferentiationError(
+            "the LU factors that linalg.solve and linalg.det return beside their result have no derivative there. Take "
+            "them from torch.linalg.lu or torch.linalg.lu_factor."
+        )
+    return gs[0] if count == 1 else gs[:count]
+
+
 # ---- solves and inverses
 
 
@@ -75,7 +86,7 @@ def solve_ex(out, a, b, *, left=True, check_errors=False):
     solve = lambda a, b: torch.linalg.solve(a, b, left=left)
 
     def pull_a(gs):
-        gb = matrix(solve(adjoint(a), gs[0]))
+        gb = matrix(solve(adjoint(a), _first(gs)))
         return -(gb @ adjoint(matrix(x))) if left else -(adjoint(x) @ gb)
 
     def push_a(t):
@@ -84,7 +95,7 @@ def solve_ex(out, a, b, *, left=True, check_errors=False):
 
     return (
         Derivative(pull_a, push_a),
-        Derivative(lambda gs: solve(adjoint(a), gs[0]), lambda t: (solve(a, t), None, None, None)),
+        Derivative(lambda gs: solve(adjoint(a), _first(gs)), lambda t: (solve(a, t), None, None, None)),
     )
 
 
@@ -155,7 +166,7 @@ def det(out, a):
         return torch.linalg.det(near)[..., None, None] * torch.linalg.inv(near)
 
     return Derivative(
-        lambda gs: None if gs[0] is None else gs[0][..., None, None] * adjoint(cofactors()),
+        lambda gs: _first(gs)[..., None, None] * adjoint(cofactors()),
         lambda t: (_trace(cofactors() @ t), None, None),
     )
 
@@ -165,7 +176,7 @@ def slogdet(out, a):
     sign = out[0]
 
     def vjp(gs):
-        g_sign, g = gs[:2]
+        g_sign, g = _first(gs, 2)
         if a.is_complex() and g_sign is not None:
             turn = torch.imag(conj(g_sign) * sign) * -1j
             g = turn if g is None else g + turn

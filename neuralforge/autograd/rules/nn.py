@@ -40,7 +40,7 @@ def nll_loss(out, x, target, weight, reduction, ignore_index):
         lambda gs: None
         if gs[0] is None
         else aten.nll_loss_backward(gs[0], x, target, weight, reduction, ignore_index, total)
-    ), None, None
+    ), None  # none for the weight: an error, as in PyTorch
 
 
 @rule("native_dropout")
