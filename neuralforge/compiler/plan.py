@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +72,9 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
         kernel = kernels.get(eq)
         if kernel is None:
             continue
-        dying = [v for v in dict.fromkeys(eq.inputs) if death[root_of(roots, v)] == i]
+        # An operand that is also read through a view, in another order perhaps, can't be written over.
+        memory = Counter(root_of(roots, v) for v in dict.fromkeys(eq.inputs))
+        dying = [v for v in memory if death[v] == i and memory[v] == 1 and v in eq.inputs]
         for out in eq.results:
             if out in escaping:
                 source = _take_over(out, i, dying, kernel, free_inputs, death)

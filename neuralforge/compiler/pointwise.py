@@ -105,9 +105,13 @@ def supported(eq: Equation) -> bool:
     if eq.op is aten.sum.default:
         x = eq.args[0]
         return not eq.kwargs and x.dtype in (torch.float32, torch.float64) and x.fake.dim() > 0 and _dense(x)
-    if not _dense(y) or not eq.inputs:
+    if not _dense(y):
         return False
     letter = LETTERS[y.dtype]
+    if eq.op is aten.full.default:
+        return isinstance(eq.args[1], (int, float, bool)) and y.fake.dim() > 0
+    if not eq.inputs:
+        return False
     if eq.op in FLOATING:
         if eq.op is aten.pow.Scalar and letter != "d":
             return False
@@ -138,6 +142,8 @@ def expression(eq: Equation, operand: Callable[[Any, str], str]) -> str:
         return f"(~{operand(eq.args[0], 'b')})"
     if op in MOVES:
         return operand(eq.args[0], t)
+    if op is aten.full.default:
+        return constant(t, eq.args[1])
     mask, a, b = eq.args if op is aten.where.self else (eq.args[1], eq.args[2], eq.args[0])
     return f"SELECT_{t}({operand(mask, 'b')}, {operand(a, t)}, {operand(b, t)})"
 

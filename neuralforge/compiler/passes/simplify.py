@@ -59,6 +59,12 @@ def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Any:
     packet = getattr(op, "overloadpacket", None)
     if packet in _IDENTITIES:
         return x
+    if packet in _CONSTANTS and y.fake.is_contiguous():  # they look at their argument for its type only
+        value = eq.args[1] if packet in (aten.fill, aten.full_like) else _CONSTANTS[packet]
+        if not isinstance(value, Value):
+            eq.op, eq.args = aten.full.default, (list(y.shape), value)
+            eq.kwargs = {"dtype": y.dtype, "device": y.device}
+        return None
     if packet in _COPIES and _same(x, y):
         return x
     if packet in (aten._unsafe_view, aten.reshape):
@@ -86,6 +92,7 @@ def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Any:
     return None
 
 
+_CONSTANTS = {aten.fill: None, aten.full_like: None, aten.zeros_like: 0, aten.ones_like: 1}
 _IDENTITIES = {aten.alias, aten.detach, aten.lift_fresh}
 _COPIES = {aten._to_copy, aten.clone}
 _VIEWS = {aten.view, aten.expand, aten.permute, aten.transpose, aten.squeeze, aten.unsqueeze, aten.slice}
