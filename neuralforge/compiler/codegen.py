@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..graph.ir import Graph, Value
+from ..kernels.native import prelude
 from ..kernels.toolchain import load_many
 from .fuse import Fused
 from .pointwise import LETTERS, constant, expression
@@ -66,20 +66,12 @@ def build(groups: list[Fused]) -> dict[Fused, Callable[[tuple, tuple, dict], Non
     layouts = {group: [Layout(part) for part in group.parts] for group in groups}
     bodies: dict[str, str] = {}  # text of a function -> its name
     name_of = {group: bodies.setdefault(source(layouts[group][0]), f"kernel{len(bodies)}") for group in groups}
-    header = Path(__file__).with_name("vector.h").read_text()
     files: list[list[str]] = [[] for _ in range(min(FILES, len(bodies)))]
     for n, (text, name) in enumerate(bodies.items()):
         files[n % len(files)].append(text.replace("KERNEL", name))
-    lanes = f"#define L {_lanes()}\n"
-    libraries = load_many([(lanes + header + "\n".join(file), "fused") for file in files])
+    libraries = load_many([(prelude() + "\n".join(file), "fused") for file in files])
     where = {name: libraries[n % len(files)] for n, name in enumerate(bodies.values())}
     return {group: _caller(getattr(where[name_of[group]], name_of[group]), layouts[group], group) for group in groups}
-
-
-def _lanes() -> int:
-    from ..kernels.toolchain import isa
-
-    return {"avx512": 16, "avx2": 8, "portable": 4}[isa()]
 
 
 def _caller(function: Any, layouts: list[Layout], group: Fused) -> Callable[[tuple, tuple, dict], None]:

@@ -17,6 +17,7 @@ import torch
 from ..errors import KernelError
 from ..graph.ir import Equation, Graph, Value
 from ..graph.tracer import operator_traits
+from ..kernels import cross_entropy
 from .codegen import build
 from .fuse import Fused
 
@@ -30,9 +31,20 @@ class Kernel:
     """May an output be put where an operand of the same type is, which nobody reads afterwards?"""
 
 
+OWN: dict[Any, Kernel] = {
+    torch.ops.neuralforge.cross_entropy.default: Kernel(cross_entropy.forward),
+    torch.ops.neuralforge.cross_entropy_backward.default: Kernel(cross_entropy.backward, lambda output, operand: True),
+}
+"""Kernels of this project by their operator."""
+
+
 def claim(graph: Graph) -> dict[Equation, Kernel]:
     """The equations that run in destination-passing form: fused groups and ATen's structured operators."""
-    kernels = {eq: kernel for eq in graph.equations if (kernel := destination_kernel(eq)) is not None}
+    kernels = {}
+    for eq in graph.equations:
+        kernel = OWN.get(eq.op) or destination_kernel(eq)
+        if kernel is not None:
+            kernels[eq] = kernel
     fused = [eq for eq in graph.equations if isinstance(eq.op, Fused)]
     if fused:
         try:

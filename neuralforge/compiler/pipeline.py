@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from ..graph import Graph, verify
 from .batch import batch
 from .fuse import fuse
-from .passes import common_subexpressions, dead_code, fold_constants, simplify, transpose_products
+from .passes import (
+    claim_cross_entropy,
+    common_subexpressions,
+    dead_code,
+    fold_constants,
+    simplify,
+    transpose_products,
+)
 
 PASSES: list[Callable[[Graph], Graph]] = [
     simplify,
@@ -17,6 +24,7 @@ PASSES: list[Callable[[Graph], Graph]] = [
     simplify,
     common_subexpressions,
     dead_code,
+    claim_cross_entropy,
     fuse,
     batch,
 ]

@@ -1,4 +1,4 @@
-/* Vectors of L lanes in each type, conversions, and elementary functions. Included by every generated kernel.
+/* Vectors of L lanes in each type, conversions, and elementary functions. At the head of every C file.
    A bool is a vector of int masks, all bits or none. Compiled as C with GCC's vector extensions; no headers, which
    would cost more compile time than the kernels. */
 
