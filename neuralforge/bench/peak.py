@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from functools import cache
 import torch
 
 from ..errors import KernelError
-from ..kernels.toolchain import NoCompiler, cpu_features, isa, load
+from ..kernels.toolchain import ISA_FLAGS, best_isa, cpu_features, load
 
 # Enough independent chains to fill the pipelines: 2 units times a latency of 4 cycles, and some.
 CHAINS = 12
@@ -31,25 +32,29 @@ def peak_flops(dtype: str = "float32", threads: int | None = None) -> Peak:
     multiply-adds on registers, two operations each, best of several runs. `dtype`: float32, float64, or bfloat16
     (dot products into float32, where the CPU has the instruction).
 
-    Without a C compiler it is the best of some large matrix products, which is lower. Raises KernelError for a dtype
-    the CPU has no such instruction for.
+    Where no C can be compiled it is the best of some large matrix products, which is lower. Raises KernelError for a
+    dtype the CPU has no such instruction for.
     """
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise KernelError(f"peak_flops: threads={threads}; expected 1 or more.")
     if dtype not in ("float32", "float64", "bfloat16"):
         raise KernelError(f"peak_flops: dtype {dtype!r}; expected float32, float64 or bfloat16.")
-    if dtype == "bfloat16" and (isa() != "avx512" or "avx512_bf16" not in cpu_features()):
+    if dtype == "bfloat16" and (best_isa() != "avx512" or "avx512_bf16" not in cpu_features()):
         raise KernelError("peak_flops: this CPU has no bfloat16 arithmetic; PyTorch emulates it in float32.")
     try:
-        library = load(_source(dtype), f"peak-{dtype}")
-    except NoCompiler:
-        return Peak(_product_flops(dtype), "best of large matrix products (no C compiler)")
+        library = load(_source(dtype), f"peak-{dtype}", ISA_FLAGS[best_isa()])
+    except KernelError:
+        return Peak(_product_flops(dtype, threads), f"best of large matrix products (no C compiler), {threads} threads")
     library.run.restype = ctypes.c_double
-    library.run.argtypes = [ctypes.c_long, ctypes.c_int]
-    width = WIDTH[isa()] // (8 if dtype == "float64" else 4) * (2 if dtype == "bfloat16" else 1)
-    count = 2_000_000
-    library.run(count // 10, threads)
-    seconds = min(library.run(count, threads) for _ in range(12))
-    return Peak(2.0 * width * CHAINS * count * threads / seconds, f"fused multiply-adds on registers, {threads} threads")
+    library.run.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
+    width = WIDTH[best_isa()] // (8 if dtype == "float64" else 4) * (2 if dtype == "bfloat16" else 1)
+    count, seconds, stop = 400_000, float("inf"), time.perf_counter() + 0.5
+    # Runs of half a millisecond, so that on a shared machine some find all cores free; every other one with a core for
+    # each thread, since a busy machine's scheduler lets two of them take turns on one.
+    for n in itertools.takewhile(lambda _: time.perf_counter() < stop, itertools.count()):
+        seconds = min(seconds, library.run(count, threads, n % 2))
+    return Peak(2.0 * width * CHAINS * count * threads / seconds, f"multiply-adds on registers, {threads} threads")
 
 
 def _source(dtype: str) -> str:
@@ -60,43 +65,62 @@ def _source(dtype: str) -> str:
     else:
         body = "".join(f"x{j} = x{j} * m + a;" for j in chains)
     return f"""
+#define _GNU_SOURCE
 #include <omp.h>
-typedef {scalar} vec __attribute__((vector_size({WIDTH[isa()]})));
-double run(long n, int threads) {{
-    double start = 0, sink = 0;
-    #pragma omp parallel num_threads(threads) reduction(+:sink)
+#include <sched.h>
+
+static int nth_cpu(const cpu_set_t *set, int n) {{
+    n %= CPU_COUNT(set);
+    for (int cpu = 0;; cpu++) if (CPU_ISSET(cpu, set) && n-- == 0) return cpu;
+}}
+
+typedef {scalar} vec __attribute__((vector_size({WIDTH[best_isa()]})));
+double run(long n, int threads, int pin) {{
+    double start = 1e300, end = 0, sink = 0;
+    #pragma omp parallel num_threads(threads) firstprivate(pin) reduction(+:sink) reduction(min:start) reduction(max:end)
     {{
+        cpu_set_t allowed, own;
+        pin = pin && sched_getaffinity(0, sizeof allowed, &allowed) == 0;
+        if (pin) {{
+            CPU_ZERO(&own);
+            CPU_SET(nth_cpu(&allowed, omp_get_thread_num()), &own);
+            sched_setaffinity(0, sizeof own, &own);
+        }}
         vec m = (vec){{}} + ({scalar})0.999, a = (vec){{}} + ({scalar})0.001;
         vec {", ".join(f"x{j} = m * {j}" for j in chains)};
         #pragma omp barrier
-        #pragma omp master
         start = omp_get_wtime();
         for (long i = 0; i < n; i++) {{ {body} }}
         sink += ({" + ".join(f"x{j}" for j in chains)})[0];
+        end = omp_get_wtime();
+        if (pin) sched_setaffinity(0, sizeof allowed, &allowed);
     }}
-    double seconds = omp_get_wtime() - start;
-    return sink == 12345.678 ? 0 : seconds;
+    return sink == 12345.678 ? 0 : end - start;  // from the first thread's start to the last one's end
 }}
 """
 
 
-def _product_flops(dtype: str) -> float:
+def _product_flops(dtype: str, threads: int) -> float:
     n = 1536
     a, b = (torch.randn(n, n, dtype=getattr(torch, dtype)) for _ in range(2))
     calls = [lambda: a @ b]
     if torch.backends.mkldnn.is_available() and dtype == "float32":
         calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    best = float("inf")
-    for call in calls * 4:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
+    best, before = float("inf"), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for call in calls * 4:
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
     return 2.0 * n**3 / best
 
 
 @cache
 def bandwidth() -> Peak:
-    """Memory bandwidth in bytes per second: STREAM's triad on arrays far larger than the caches, best of several."""
+    """Memory bandwidth in bytes per second: STREAM's triad on arrays of 64 MiB each, best of several."""
     n = 1 << 24
     a, b, c = torch.empty(n), torch.ones(n), torch.ones(n)
     best = float("inf")

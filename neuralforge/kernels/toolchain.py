@@ -4,18 +4,23 @@
 
 The cache (`$NEURALFORGE_CACHE`, else `$XDG_CACHE_HOME/neuralforge`, else `~/.cache/neuralforge`) is keyed by the
 source, the flags, the compiler's version and the CPU's features, and safe under several processes. Libraries are
-built with OpenMP and loaded after torch, whose OpenMP runtime they then share: one pool of threads.
+built with OpenMP and loaded after torch, whose OpenMP runtime they then share: one pool of threads. (gcc's do; clang's
+bring LLVM's runtime and a second pool, so gcc is tried first.)
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import errno
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,9 +65,14 @@ def cpu_model() -> str:
     return found.group(1).strip() if found else ""
 
 
+def best_isa() -> str:
+    """The widest instruction set of this CPU that code is generated for: "avx512", "avx2" or "portable"."""
+    return next((name for name, needs in _NEEDS.items() if needs <= cpu_features()), "portable")
+
+
 def isa() -> str:
-    """The instruction set to compile for: "avx512", "avx2" or "portable". `$NEURALFORGE_ISA` overrides it downwards."""
-    best = next((name for name, needs in _NEEDS.items() if needs <= cpu_features()), "portable")
+    """The instruction set to compile for: `best_isa()`, or a lesser one that `$NEURALFORGE_ISA` asks for."""
+    best = best_isa()
     wanted = os.environ.get("NEURALFORGE_ISA")
     if not wanted:
         return best
@@ -75,35 +85,44 @@ def isa() -> str:
 
 
 @cache
-def compiler(command: str | None = None) -> tuple[str, str]:
-    """Path and version line of the C compiler: `$CC`, gcc, clang or cc. Raises NoCompiler."""
+def compiler(command: str | None = None) -> tuple[tuple[str, ...], str]:
+    """Command and version line of the C compiler: `command` or `$CC`, which may hold options too; else gcc, clang or
+    cc. Raises NoCompiler."""
     asked = os.environ.get("CC") if command is None else command
-    for name in [asked] if asked else ["gcc", "clang", "cc"]:
+    for name, *options in [shlex.split(asked)] if asked and asked.strip() else [["gcc"], ["clang"], ["cc"]]:
         path = shutil.which(name)
-        if path:
-            done = subprocess.run([path, "--version"], capture_output=True, text=True)
-            if done.returncode == 0:
-                return path, done.stdout.splitlines()[0]
+        if path is None:
+            continue
+        try:
+            done = subprocess.run([path, *options, "--version"], capture_output=True, text=True)
+        except OSError:  # not a program for this machine
+            continue
+        if done.returncode == 0 and done.stdout:
+            return (path, *options), done.stdout.splitlines()[0]
     raise NoCompiler(
         f"no C compiler found ({'CC=' + asked if asked else 'gcc, clang and cc were tried'}); everything runs, slower. "
-        f"Install one: apt-get install gcc, dnf install gcc, or xcode-select --install."
+        f"Install one: apt-get install gcc, or dnf install gcc."
     )
 
 
-@cache
-def _default_cache() -> Path:
-    asked = os.environ.get("NEURALFORGE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(asked) if asked else Path(base) / "neuralforge"
-
-
 _private: dict[Path, Path] = {}
+_private_lock = threading.Lock()
+
+
+def _wanted_folder() -> Path:
+    asked, base = os.environ.get("NEURALFORGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if asked:
+        return Path(os.path.expanduser(asked))
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "neuralforge"
+    except RuntimeError:  # a user without a home folder
+        return Path("/.cache/neuralforge")
 
 
 def cache_folder() -> Path:
     """The folder of built libraries, made if missing; a private temporary one, with a warning, if it can't be
-    written to."""
-    folder = _default_cache()
+    written to. Raises KernelError if there is no such place either."""
+    folder = _wanted_folder()
     if folder in _private:
         return _private[folder]
     try:
@@ -116,14 +135,33 @@ def cache_folder() -> Path:
         return _use_private(folder, e)
 
 
-def _use_private(folder: Path, why: OSError) -> Path:
-    _private[folder] = Path(tempfile.mkdtemp(prefix="neuralforge-"))
-    warnings.warn(
-        f"the kernel cache {folder} can't be written ({why.strerror or why}): compiled kernels go to {_private[folder]} "
-        f"and are built again in the next process. Free some space or set NEURALFORGE_CACHE to a writable folder.",
-        stacklevel=3,
-    )
-    return _private[folder]
+def _use_private(failed: Path, why: OSError) -> Path:
+    """A temporary folder in place of `failed`, the same one for all threads, removed when the process ends."""
+    wanted, reason = _wanted_folder(), why.strerror or why
+    with _private_lock:
+        try:
+            if failed in _private.values():
+                raise why
+            if wanted not in _private:
+                _private[wanted] = Path(tempfile.mkdtemp(prefix="neuralforge-"))
+                atexit.register(_clean, _private[wanted], os.getpid())
+                warnings.warn(
+                    f"the kernel cache {wanted} can't be used ({reason}): compiled kernels go to {_private[wanted]} and "
+                    f"are built again in the next process. Free some space, or set NEURALFORGE_CACHE to a folder that "
+                    f"can be written to and run programs from.",
+                    stacklevel=3,
+                )
+            return _private[wanted]
+        except OSError as e:
+            raise KernelError(
+                f"neither the kernel cache {wanted} nor a temporary folder can hold compiled kernels "
+                f"({e.strerror or e}). Free some space, or set NEURALFORGE_CACHE to a folder with room."
+            ) from e
+
+
+def _clean(folder: Path, owner: int) -> None:
+    if os.getpid() == owner and not any(folder.glob("*.c")):  # a source that didn't compile is kept to be read
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(source: str, name: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -141,42 +179,60 @@ def load_many(sources: Sequence[tuple[str, str]], flags: Sequence[str] = ()) -> 
 
 
 def _load(source: str, name: str, flags: Sequence[str]) -> ctypes.CDLL:
-    path, version = compiler(os.environ.get("CC"))
-    command = [path, *FLAGS, *ISA_FLAGS[isa()], *flags]
+    call, version = compiler(os.environ.get("CC"))
+    command = [*call, *FLAGS, *ISA_FLAGS[isa()], *flags]
     key = "\0".join([source, version, *command, *sorted(cpu_features())])
-    stem = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    library = cache_folder() / f"{stem}.so"
-    if library.exists():
+    file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    wanted = _wanted_folder()
+    for folder in (wanted, _private.get(wanted, wanted)):  # a cache that is read-only may still have it
+        if _intact(folder / file):
+            try:
+                return ctypes.CDLL(str(folder / file))
+            except OSError:  # misses something that this machine hasn't got
+                pass
+    folder = cache_folder()
+    while True:
         try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # truncated, or built for another machine
-            library.unlink(missing_ok=True)
+            _build(command, source, folder / file)
+            return ctypes.CDLL(str(folder / file))
+        except OSError as e:  # the disk filled up, or programs can't be run from it
+            folder = _use_private(folder, e)
+
+
+def _intact(library: Path) -> bool:
+    """Is the file there and whole? Mapping a truncated library, as a crash may leave it, would kill the process."""
     try:
-        _build(command, source, library)
-    except OSError as e:  # the disk filled up
-        library = _use_private(library.parent, e) / library.name
-        _build(command, source, library)
-    return ctypes.CDLL(str(library))
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def _build(command: list[str], source: str, library: Path) -> None:
-    """Compile into a temporary file beside the library and rename it: other processes see all or nothing."""
+    """Compile into a temporary file beside the library, end it with its checksum and rename it: other processes see
+    all or nothing."""
     handle, temporary = tempfile.mkstemp(suffix=".so", prefix=library.stem + "-", dir=library.parent)
     os.close(handle)
     try:
         done = subprocess.run(
-            [*command, "-x", "c", "-", "-o", temporary, "-lm"], input=source, capture_output=True, text=True
-        )
+            [*command, "-x", "c", "-", "-o", temporary, "-lm"], input=source, capture_output=True, text=True,
+            env={**os.environ, "TMPDIR": str(library.parent), "LC_ALL": "C"},
+        )  # fmt: skip
         if done.returncode:
-            if "No space left" in done.stderr:
-                raise OSError(28, "No space left on device")
+            for code in (errno.ENOSPC, errno.EDQUOT):
+                if os.strerror(code) in done.stderr:
+                    raise OSError(code, os.strerror(code))
             kept = library.with_suffix(".c")
             kept.write_text(source)
-            lines = [line for line in done.stderr.splitlines() if "error" in line][:5] or done.stderr.splitlines()[:5]
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise KernelError(
-                f"the C compiler {command[0]} refused a generated kernel: {' | '.join(lines)}. The source is kept in "
-                f"{kept}. Please report it; meanwhile CC=<another compiler> may help."
+                f"the C compiler {command[0]} refused a generated kernel: {' | '.join(lines[:5])}. The source is kept "
+                f"in {kept}. Please report it; meanwhile CC=<another compiler> may help."
             )
+        with open(temporary, "r+b") as built:
+            checksum = hashlib.sha256(built.read()).digest()
+            built.write(checksum)
+        os.chmod(temporary, 0o644)  # a cache may be made by one user and read by others
         os.replace(temporary, library)
     finally:
         Path(temporary).unlink(missing_ok=True)
