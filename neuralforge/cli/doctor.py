@@ -22,13 +22,15 @@ Line = tuple[str, str, str, str]
 
 
 def main(argv: list[str]) -> None:
-    switches = {name for name, _ in split_flags(argv, [], ["json", "help", "h"])}
-    if switches & {"help", "h"}:
+    switches = {name for name, _ in split_flags(argv, [], ["json", "help"])}
+    if "help" in switches:
         print(USAGE)
         return
     machine = inspect_machine()
     if "json" in switches:
-        print(json.dumps({**asdict(machine), "peaks": peaks(), "bandwidth": bandwidth().value}, indent=1))
+        checks = [dict(zip(("state", "subject", "fact", "advice"), line)) for line in lines(machine)]
+        measured = {"peaks": peaks(), "bandwidth": bandwidth().value}
+        print(json.dumps({**asdict(machine), **measured, "checks": checks}, indent=1))
         return
     for state, subject, fact, advice in lines(machine):
         print(f"{state:<8}{subject:<14}{fact}" + (f"\n{'':22}-> {advice}" if advice else ""))
@@ -56,10 +58,8 @@ def lines(m: Machine) -> Iterator[Line]:
         yield (WARN if free < 1e9 else OK), "disk", f"{gigabytes(free)} free in {folder}", (
             "checkpoints need three times the weights, and there is little room" if free < 1e9 else ""
         )  # fmt: skip
-    trouble = compiles() if m.compiler else "no C compiler: fused kernels fall back to plain operators"
-    yield (MISSING if trouble else OK), "compiler", m.compiler or "none", (
-        f"{trouble}; install one, e.g. apt-get install gcc" if trouble else ""
-    )  # fmt: skip
+    trouble = compiles()
+    yield (OK if not trouble else WARN if m.compiler else MISSING), "compiler", m.compiler or "none", trouble or ""
     yield OK, "torch", f"{m.torch_version}, {m.threads} threads", ""
     over = m.threads > m.usable_cores
     if over:
@@ -71,9 +71,13 @@ def lines(m: Machine) -> Iterator[Line]:
     yield OK, "bandwidth", f"{gigabytes(bandwidth().value)}/s, measured", ""
     for name, count in products().items():
         yield OK, "products", f"{name} is the fastest for {count} matrix shapes timed so far", ""
-    yield (OK if m.gpus else WARN), "gpus", ", ".join(m.gpus) or "none", "" if m.gpus else "everything runs on the CPU"
-    yield (OK if m.nccl or not m.gpus else MISSING), "NCCL", m.nccl or "no", (
-        "" if m.nccl or not m.gpus else "several GPUs need a CUDA build of torch"
+    unseen = m.nvidia_driver and not m.gpus
+    yield (WARN if unseen else OK), "gpus", ", ".join(m.gpus) or "none that torch can use: everything runs on the CPU", (
+        "an NVIDIA driver is here: install a CUDA build of torch, or check CUDA_VISIBLE_DEVICES" if unseen else ""
+    )  # fmt: skip
+    yield OK, "CUDA", f"{m.cuda or 'not in this build of torch'}, driver {m.nvidia_driver or 'none'}", ""
+    yield (OK if m.nccl or not m.gpus else MISSING), "NCCL", m.nccl or "not in this build of torch", (
+        "" if m.nccl or not m.gpus else "several GPUs need a build of torch with NCCL"
     )  # fmt: skip
     yield (OK if m.gloo else MISSING), "Gloo", "yes" if m.gloo else "no", "" if m.gloo else "use a stock build of torch"
     yield OK, "triton", m.triton or "no", "" if m.triton else "needed for GPU kernels only: pip install triton"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
 from ..errors import ConfigError
+from ..train.config import nearest
 
 
 def split_flags(argv: list[str], valued: Collection[str], switches: Collection[str]) -> list[tuple[str, str | None]]:
-    """(name, value) for each option in order; None for a switch. Raises ConfigError for an unknown option, a missing
-    value, or a word that isn't an option."""
+    """(name, value) for each option in order; None for a switch; `-h` is `--help`. Raises ConfigError for an unknown
+    option, a missing value, or a word that isn't an option."""
     found: list[tuple[str, str | None]] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
+        word = "--help" if word == "-h" else word
         if not word.startswith("--"):
             raise ConfigError(f"unexpected {word!r}; options are written --name=value.")
         name, equals, value = word[2:].partition("=")
@@ -24,17 +25,14 @@ def split_flags(argv: list[str], valued: Collection[str], switches: Collection[s
             found.append((name, None))
         elif name in valued:
             if not equals:
-                if not rest:
+                if not rest or rest[0].startswith("--"):
                     raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
                 value = rest.pop(0)
             found.append((name, value))
         else:
-            known = [*valued, *switches]
-            last = name.rsplit(".", 1)[-1]
-            close = [k for k in known if k.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(name, known, 1)
-            close = close or [k for k in known if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], 1, 0.75)]
-            mean = f" Did you mean --{close[0]}?" if close else " See --help."
-            raise ConfigError(f"unknown option --{name}.{mean}")
+            close = nearest(name, [*valued, *switches])
+            mean = f"Did you mean --{close}?" if close else "See --help."
+            raise ConfigError(f"unknown option --{name}. {mean}")
     return found
 
 
@@ -43,8 +41,9 @@ def whole_number(name: str, text: str, least: int = 0) -> int:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise ConfigError(f"--{name}={text}; expected a whole number of at least {least}.")
+    if not least <= value < 2**63:
+        bounds = f"at least {least}" if value < least else "less than 2**63"
+        raise ConfigError(f"--{name}={text}; expected a whole number of {bounds}.")
     return value
 
 

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for what the user can mend, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()  # here, where a reader that has gone is expected, and not at exit
+        return code
     except NeuralForgeError as e:
         print(paragraph(f"error: {e}"), file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from ..train import config as configuration
-from ..train.config import Config, Train, load, resolve, set_key
+from ..train.config import Config, load, resolve, set_key
 from .flags import split_flags
 
 SHORT = {"data": "data.path", "out": "train.out", "steps": "train.steps", "depth": "model.depth"}
@@ -20,26 +20,32 @@ SWITCHES = {
 
 
 def main(argv: list[str]) -> None:
-    flags = split_flags(argv, [*configuration.keys(), *SHORT, "config"], [*SWITCHES, "h"])
+    flags = split_flags(argv, [*configuration.keys(), *SHORT, "config"], SWITCHES)
     switches = {name for name, value in flags if value is None}
-    if switches & {"help", "h"}:
+    if "help" in switches:
         print(usage())
         return
     values = [(SHORT.get(name, name), value) for name, value in flags if value is not None]
-    out = next((value for name, value in reversed(values) if name == "train.out"), Train.out)
-    config = Config()
-    if "resume" in switches and (Path(out) / "config.toml").exists():
-        config = load(Path(out) / "config.toml")
-    for name, value in values:
-        if name == "config":
-            config = load(Path(value), config)
-    for name, value in values:
-        if name != "config":
-            config = set_key(config, name, value)
+    config = configure(values, Config())
+    written = Path(config.train.out) / "config.toml"
+    if "resume" in switches and written.exists():
+        run_there = set_key(load(written), "train.out", config.train.out)  # the folder may have been moved
+        config = configure(values, run_there)
     config = resolve(config)
     from ..train.trainer import run
 
     run(config, resume="resume" in switches, dry_run="dry-run" in switches)
+
+
+def configure(values: list[tuple[str, str]], base: Config) -> Config:
+    """`base`, then the files named by --config, then the other flags."""
+    for name, value in values:
+        if name == "config":
+            base = load(Path(value), base)
+    for name, value in values:
+        if name != "config":
+            base = set_key(base, name, value)
+    return base
 
 
 def usage() -> str:
@@ -51,7 +57,10 @@ def usage() -> str:
         default, told = cls(), field_docs(cls)
         for key in told:
             value = getattr(default, key)
-            first, *rest = textwrap.wrap(f"{told[key]} ({'derived' if value is None else value})", 84)
+            choices = configuration.choices(f"{section}.{key}")
+            among = f", of {', '.join(choices)}" if len(choices) > 1 else ""
+            shown = "" if value is None else f" ({configuration.toml_value(value)}{among})"
+            first, *rest = textwrap.wrap(told[key] + shown, 84)
             lines.append(f"  --{section + '.' + key + '=':<26}{first}")
             lines += [" " * 30 + line for line in rest]
     return "\n".join(lines)

@@ -10,8 +10,10 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import tomllib
 import types
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -32,7 +34,7 @@ class Model:
     d_model: int | None = None
     """Width; left out: 64 * depth."""
     n_heads: int | None = None
-    """Attention heads; left out: d_model / 64."""
+    """Attention heads; left out: as many as divide d_model into widths nearest to 64."""
     n_kv_heads: int | None = None
     """Key/value heads (llama); left out: n_heads."""
     d_ff: int | None = None
@@ -129,11 +131,7 @@ class Config:
 
     def model_config(self, vocab_size: int | None = None) -> ModelConfig:
         """The model's complete shape; `vocab_size` is the tokenizer's, which may come out below the wish."""
-        m = resolve(self).model
-        return ModelConfig(
-            m.kind, vocab_size or self.data.vocab_size, m.context, m.d_model, m.depth, m.n_heads, m.n_kv_heads, m.d_ff,
-            m.dropout, m.tie_embeddings,
-        )  # fmt: skip
+        return _shape(resolve(self).model, vocab_size or self.data.vocab_size)
 
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
@@ -144,14 +142,16 @@ def resolve(config: Config) -> Config:
     m, t = config.model, config.train
     _at_least("model", m, depth=1, context=2, d_model=1, n_heads=1, n_kv_heads=1, d_ff=1)
     d_model = m.d_model or max(128, 64 * m.depth)
-    n_heads = m.n_heads or max(1, round(d_model / 64))
+    n_heads = m.n_heads or _heads(d_model, m.kind)
     d_ff = m.d_ff or (4 * d_model if m.kind == "gpt2" else 32 * math.ceil(d_model * 8 / 3 / 32))
     model = replace(m, d_model=d_model, n_heads=n_heads, n_kv_heads=m.n_kv_heads or n_heads, d_ff=d_ff)
-    _at_least("train", t, steps=1, batch=1, accumulate=1, seed=0, eval_every=1, eval_batches=1, checkpoint_every=1, keep=1)
+    _at_least("train", t, steps=1, batch=1, accumulate=1, eval_every=1, eval_batches=1, checkpoint_every=1, keep=1)
     _at_least("data", config.data, vocab_size=257)
     _at_least("sample", config.sample, tokens=0, temperature=0, top_k=1)
     _at_least("optimizer", config.optimizer, eps=0, weight_decay=0)
     _at_least("schedule", config.schedule, warmup=0)
+    _require(0 <= t.seed < 2**63, "train", t, "seed", "a whole number in [0, 2**63)")
+    _require(config.sample.prompt != "", "sample", config.sample, "prompt", "at least one character to continue")
     _require(0 < config.data.valid_fraction <= 0.5, "data", config.data, "valid_fraction", "a number in (0, 0.5]")
     _require(config.optimizer.lr > 0, "optimizer", config.optimizer, "lr", "a number above 0")
     _require(config.optimizer.clip_norm > 0, "optimizer", config.optimizer, "clip_norm", "a number above 0")
@@ -161,12 +161,21 @@ def resolve(config: Config) -> Config:
     warmup = min(200, t.steps // 20) if warmup is None else warmup
     schedule = replace(config.schedule, warmup=warmup)
     _require(warmup <= t.steps, "schedule", schedule, "warmup", f"at most train.steps={t.steps}")
-    resolved = replace(config, model=model, schedule=schedule)
-    ModelConfig(
-        m.kind, config.data.vocab_size, m.context, d_model, m.depth, n_heads, model.n_kv_heads, d_ff, m.dropout,
-        m.tie_embeddings,
-    )  # fmt: skip  (checks how the sizes fit together)
-    return resolved
+    _shape(model, config.data.vocab_size)  # checks how the sizes fit together
+    return replace(config, model=model, schedule=schedule)
+
+
+def _heads(d_model: int, kind: str) -> int:
+    """The number of heads whose width is nearest to 64; rotary embeddings (llama) need an even width."""
+    widths = [w for w in {*range(1, min(d_model, 1024) + 1), d_model} if d_model % w == 0]
+    fits = [w for w in widths if kind == "gpt2" or w % 2 == 0] or [d_model]
+    return d_model // min(fits, key=lambda w: abs(math.log(w / 64)))
+
+
+def _shape(m: Model, vocab_size: int) -> ModelConfig:
+    return ModelConfig(
+        m.kind, vocab_size, m.context, m.d_model, m.depth, m.n_heads, m.n_kv_heads, m.d_ff, m.dropout, m.tie_embeddings
+    )
 
 
 def _at_least(section: str, holder: Any, **bounds: float) -> None:
@@ -192,65 +201,69 @@ def load(path: Path, base: Config | None = None) -> Config:
         raise ConfigError(f"{path}: no such configuration file.") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: can't read the configuration: {e}.") from e
-    except tomllib.TOMLDecodeError as e:
+    except ValueError as e:
         raise ConfigError(f"{path}: not valid TOML: {e}.") from e
     config = base or Config()
     for section, values in table.items():
-        where = f"{path}:{_line(text, section, None)}"
-        if section not in SECTIONS:
-            raise ConfigError(f"{where}: unknown section [{section}]. {_nearest(section)}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where}: {section}={values!r}; expected a section [{section}] with keys.")
-        hints = get_type_hints(SECTIONS[section])
-        changes = {}
-        for key, value in values.items():
-            where = f"{path}:{_line(text, section, key)}"
-            if key not in hints:
-                raise ConfigError(f"{where}: unknown key {section}.{key}. {_nearest(f'{section}.{key}')}")
-            changes[key] = _convert(value, hints[key], f"{where}: {section}.{key}")
+        key = None
+        try:
+            if not isinstance(values, dict):
+                if section in SECTIONS:
+                    raise ConfigError(f"{section}={values!r}; expected a section [{section}] with keys.")
+                raise ConfigError(f"key {section} stands outside any section. {_suggest(section)}")
+            if section not in SECTIONS:
+                raise ConfigError(f"unknown section [{section}]. {_suggest(section)}")
+            hints = get_type_hints(SECTIONS[section])
+            changes = {}
+            for key, value in values.items():
+                if key not in hints:
+                    raise ConfigError(f"unknown key {section}.{key}. {_suggest(f'{section}.{key}')}")
+                changes[key] = _convert(value, hints[key], f"{section}.{key}")
+        except ConfigError as e:
+            raise ConfigError(f"{path}:{_line(text, section, key)}: {e}") from None
         config = replace(config, **{section: replace(getattr(config, section), **changes)})
     return config
 
 
 def dump(config: Config) -> str:
-    """The configuration as TOML. A key without a value (None) is left out."""
+    """The configuration as TOML, such that `load` gives it back: a key that is None is left out where that is the
+    default, else written "none"."""
     lines = []
     for section in SECTIONS:
         lines.append(f"[{section}]")
-        for key, value in dataclasses.asdict(getattr(config, section)).items():
-            if value is not None:
-                lines.append(f"{key} = {_toml(value)}")
+        for f in dataclasses.fields(SECTIONS[section]):
+            value = getattr(getattr(config, section), f.name)
+            if value is not None or f.default is not None:
+                lines.append(f"{f.name} = {toml_value('none' if value is None else value)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """As TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
         return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08X}") for c in value) + '"'
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return repr(value)
 
 
 def _line(text: str, section: str, key: str | None) -> int:
-    """The line of a section's header, or of a key in it."""
-    inside = False
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\s*([^\]]+?)\s*\]", line)
-        if header:
-            inside = header.group(1) == section
-            if inside and key is None:
-                return number
-        elif key is None and re.match(rf"\s*{re.escape(section)}\s*[.=]", line):
-            return number
-        elif key is not None and inside and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-            return number
-        elif key is not None and re.match(rf"\s*{re.escape(section)}\s*\.\s*{re.escape(key)}\s*=", line):
-            return number
-    return 1
+    """The line where a section, or a key in it, first stands. tomllib tells no positions; but the beginning of a file
+    is TOML too, if it is cut between statements, so this reads ever longer beginnings until the key is there."""
+    lines, start = text.split("\n"), 1
+    for end in range(1, len(lines) + 1):
+        try:
+            table = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:  # cut within a statement of several lines
+            continue
+        if section in table and (key is None or key in table[section]):
+            return start
+        start = end + 1
+    raise AssertionError(f"{section}.{key} is not in the text")
 
 
 # ---- values and names
@@ -261,43 +274,55 @@ def keys() -> dict[str, Any]:
     return {f"{s}.{k}": hint for s, cls in SECTIONS.items() for k, hint in get_type_hints(cls).items()}
 
 
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a key takes, where they are listed; else ()."""
+    return next((get_args(o) for o in _options(keys()[key]) if get_origin(o) is Literal), ())
+
+
 def set_key(config: Config, key: str, text: str) -> Config:
     """The configuration with one key set from the text of a flag. Raises ConfigError."""
     known = keys()
     if key not in known:
-        raise ConfigError(f"unknown option --{key}. {_nearest(key)}")
+        raise ConfigError(f"unknown option --{key}. {_suggest(key)}")
     section, name = key.split(".")
     value = _convert(_parse(text, known[key]), known[key], f"--{key}")
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """A flag's text as the TOML value it stands for, where the type isn't a string."""
+    """A flag's text as a value of type `hint`; unchanged where it is none, for `_convert` to refuse."""
     options = _options(hint)
     if type(None) in options and text.lower() in ("none", ""):
         return None
-    if str in options or any(get_origin(o) is Literal for o in options):
-        return text
     if any(get_origin(o) is tuple for o in options):
-        return [_parse(part.strip(), float) for part in text.strip("[]()").split(",")]
-    try:
-        return tomllib.loads(f"value = {text.lower() if bool in options else text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+        return [_parse(part, float) for part in text.strip("[]()").split(",")]
+    if bool in options:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    for number in (int, float):
+        if number in options:
+            try:
+                return number(text)
+            except ValueError:
+                pass
+    return text
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` in the type `hint`; whole numbers are fine where a number is expected. Raises ConfigError."""
-    for option in _options(hint):
-        if option is type(None) and value is None:
+    """`value` in the type `hint`; whole numbers are fine where a number is expected, and "none" stands for None, which
+    TOML lacks. Raises ConfigError."""
+    options = _options(hint)
+    for option in options:
+        if option is type(None) and (value is None or (value == "none" and str not in options)):
             return None
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if get_origin(option) is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
             return tuple(_convert(v, o, where) for v, o in zip(value, get_args(option)))
-        if option is float and type(value) in (int, float) and math.isfinite(value):
+        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # so not nan
             return float(value)
-        if option in (int, str, bool) and type(value) is option:
+        if option in (int, bool) and type(value) is option:
+            return value
+        if option is str and type(value) is str and not re.search("[\ud800-\udfff]", value):  # TOML is UTF-8
             return value
     raise ConfigError(f"{where}={value!r}; expected {_describe(hint, value)}.")
 
@@ -307,7 +332,7 @@ def _options(hint: Any) -> tuple:
 
 
 def _describe(hint: Any, value: Any = None) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    names = {int: "a whole number", float: "a number", str: "text in UTF-8", bool: "true or false", type(None): "none"}
     parts = []
     for option in _options(hint):
         if get_origin(option) is Literal:
@@ -321,15 +346,25 @@ def _describe(hint: Any, value: Any = None) -> str:
     return " or ".join(parts)
 
 
-def _nearest(name: str) -> str:
-    """What was probably meant: the nearest key, also by its last part in another section."""
-    known = list(keys())
-    last = name.rsplit(".", 1)[-1]
-    elsewhere = [k for k in known if k.endswith("." + last)]
-    found = elsewhere or difflib.get_close_matches(name, [*known, *SECTIONS], 1, 0.6)
-    if not found:
-        by_last = difflib.get_close_matches(last, [k.split(".")[1] for k in known], 1, 0.7)
-        found = [k for k in known if by_last and k.endswith("." + by_last[0])]
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """What `name` was probably meant to be: a key of the same name in another section, one spelt alike in its own, or
+    one spelt alike anywhere."""
+    section, _, last = name.rpartition(".")
+    alike = lambda keys: difflib.get_close_matches(last, [k.rpartition(".")[2] for k in keys], 1, 0.6)
+    own = [k for k in known if k.rpartition(".")[0] == section]
+    for keys, found in ((known, [last]), (own, alike(own)), (known, alike(known))):
+        for key in keys:
+            if found and key.rpartition(".")[2] == found[0]:
+                return key
+    close = difflib.get_close_matches(name, known, 1, 0.8)
+    return close[0] if close else None
+
+
+def _suggest(name: str) -> str:
+    section = name.partition(".")[0]
+    found = nearest(name, [*keys(), *SECTIONS])
     if found:
-        return f"Did you mean {found[0]}?"
+        return f"Did you mean {found}?"
+    if section in SECTIONS:
+        return f"The keys of [{section}] are {', '.join(get_type_hints(SECTIONS[section]))}."
     return f"The sections are {', '.join(SECTIONS)}; `neuralforge train --help` lists the keys."

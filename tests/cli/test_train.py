@@ -14,6 +14,7 @@ import pytest
 
 from neuralforge.cli.main import main
 from neuralforge.resilience import latest, load
+from neuralforge.train.config import load as load_config
 
 TEXT = "\n".join(f"def square_{i}(x):\n    return x * x + {i}\n" for i in range(2000))
 SMALL = [
@@ -106,6 +107,22 @@ def test_config_file_and_the_resolved_copy_run_again(text, tmp_path, capsys):
     assert main(["train", f"--config={a / 'config.toml'}", f"--out={b}"]) == 0
     assert [line.get("loss") for line in metrics(a)] == [line.get("loss") for line in metrics(b)]
     assert "kind = \"llama\"" in (b / "config.toml").read_text()
+
+
+def test_resume_finds_the_run_that_a_config_file_names_or_that_was_moved(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toml = tmp_path / "run.toml"
+    toml.write_text("[train]\nsteps = 2\nout = 'a'\n")
+    assert main(["train", *text, "--steps=1", "--model.dropout=0.5"]) == 0  # another, where --out points by default
+    assert main(["train", *text, f"--config={toml}", "--model.dropout=0.25"]) == 0
+    assert main(["train", f"--config={toml}", "--resume", "--steps=3"]) == 0
+    assert checkpoint(Path("a"))[1]["step"] == 3 and load_config(Path("a/config.toml")).model.dropout == 0.25
+
+    shutil.rmtree("runs/default")
+    Path("a").rename("runs/default")
+    assert main(["train", "--resume", "--steps=4"]) == 0
+    assert checkpoint(Path("runs/default"))[1]["step"] == 4 and not Path("a").exists()
+    assert load_config(Path("runs/default/config.toml")).train.out == "runs/default"
 
 
 def test_dry_run_writes_nothing(text, tmp_path, capsys):

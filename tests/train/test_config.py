@@ -1,14 +1,19 @@
 """Configuration: layers, names, values, round trip."""
 
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from neuralforge.errors import ConfigError
-from neuralforge.train.config import Config, dump, keys, load, resolve, set_key
+from neuralforge.train.config import SECTIONS, Config, dump, keys, load, nearest, resolve, set_key
 
 
 def write(tmp_path, text):
     path = tmp_path / "run.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -25,8 +30,36 @@ def test_round_trip_of_odd_values(tmp_path):
                       ("model.tie_embeddings", "false"), ("optimizer.eps", "1e-7")]:  # fmt: skip
         config = set_key(config, key, text)
     assert config.sample.prompt == 'say "hi"\n\tπ \\ \x07' and config.optimizer.betas == (0.5, 0.75)
-    back = load(write(tmp_path, dump(config)))
-    assert back.sample.prompt == config.sample.prompt and back.optimizer == config.optimizer
+    assert load(write(tmp_path, dump(config))) == config
+
+
+def values(hint: Any) -> st.SearchStrategy:
+    """Any value of a field's type, in its range or not: `load` and `dump` don't mind."""
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
+    if get_origin(hint) is tuple:
+        return st.tuples(*map(values, get_args(hint)))
+    if get_args(hint):  # a union
+        return st.one_of(*map(values, get_args(hint)))
+    return {
+        int: st.integers(-(2**70), 2**70),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text(st.characters(exclude_categories=["Cs"])),
+        bool: st.booleans(),
+        type(None): st.none(),
+    }[hint]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    drawn = {key: draw(values(hint)) for key, hint in keys().items()}
+    return Config(**{s: cls(**{f.name: drawn[f"{s}.{f.name}"] for f in fields(cls)}) for s, cls in SECTIONS.items()})
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=configs())
+def test_what_is_dumped_loads_as_it_was(config, tmp_path):
+    assert load(write(tmp_path, dump(config))) == config
 
 
 def test_file_over_defaults_and_flag_over_file(tmp_path):
@@ -46,13 +79,79 @@ def test_file_over_defaults_and_flag_over_file(tmp_path):
         ("[train]\nsteps = 2.5\n", r"train\.steps=2\.5; expected a whole number"),
         ("[train]\nsteps = true\n", r"train\.steps=True; expected a whole number"),
         ("[optimizer]\nbetas = [0.9]\n", r"optimizer\.betas=\[0\.9\]; expected 2 numbers"),
-        ("train = 3\n", r"train=3; expected a section \[train\]"),
+        ("train = 3\n", r"run\.toml:1: train=3; expected a section \[train\]"),
+        ("\nsteps = 3\n", r"run\.toml:2: key steps stands outside any section\. Did you mean train\.steps\?"),
+        ("[train]\nqqq = 3\n", r"run\.toml:2: unknown key train\.qqq\. The keys of \[train\] are steps, batch,"),
+        ("[qqq]\n", r"unknown section \[qqq\]\. The sections are model, data,"),
+        ("[sample]\ntop_k = 'some'\n", r"sample\.top_k='some'; expected a whole number or none"),
+        ("[optimizer]\nlr = inf\n", r"optimizer\.lr=inf; expected a number"),
+        (f"[optimizer]\nlr = 1{'0' * 400}\n", r"optimizer\.lr=10+; expected a number"),
+        (f"[train]\nsteps = {'9' * 5000}\n", "not valid TOML"),
         ("[train\n", "not valid TOML"),
     ],
 )
 def test_errors_in_a_file(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("train = {steps = 3, stepz = 4}", 1),
+        ("\ntrain.steps = 3\ntrain.stepz = 4", 3),
+        ("[train]\nsteps = 3\n[ 'train'.stepz ]\nx = 1", 3),
+        ('[sample]\nprompt = """\n[train]\nstepz = 1\n"""\n[train]\n# stepz = 1\n"stepz" = 2', 8),
+        ("[train]\n\nstepz = [\n  1,\n  2,\n]", 3),
+    ],
+)
+def test_the_line_of_an_error_in_any_spelling_of_a_key(tmp_path, text, line):
+    with pytest.raises(ConfigError, match=rf"run\.toml:{line}: unknown key train\.stepz"):
+        load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("train.step", "train.steps"),
+        ("train.context", "model.context"),
+        ("train.contxt", "model.context"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("warmpu", "schedule.warmup"),
+        ("trian", "train"),
+        ("train.foo", None),
+    ],
+)
+def test_nearest(name, expected):
+    assert nearest(name, [*keys(), *SECTIONS]) == expected
+
+
+def test_numbers_in_flags_are_spelt_as_in_python():
+    for text, value in [(".001", 1e-3), ("1e-3", 1e-3), ("5.", 5.0), ("3", 3.0)]:
+        assert set_key(Config(), "optimizer.lr", text).optimizer.lr == value
+    assert set_key(Config(), "train.steps", "1_000").train.steps == 1000
+    assert set_key(Config(), "model.tie_embeddings", "False").model.tie_embeddings is False
+
+
+def test_derived_sizes_fit_together():
+    for kind in ("gpt2", "llama"):
+        for d_model in range(2, 600, 2):
+            config = set_key(set_key(Config(), "model.kind", kind), "model.d_model", str(d_model))
+            model = config.model_config()  # checks that the heads divide the width, evenly for llama
+            assert d_model % 64 or model.d_head == 64
+    assert resolve(set_key(Config(), "model.d_model", "352")).model.n_heads in (4, 8), "352 / 6 isn't whole"
+
+
+def test_model_config_carries_every_wish():
+    config = Config()
+    wishes = {"kind": "llama", "depth": "3", "context": "17", "d_model": "48", "n_heads": "6", "n_kv_heads": "2",
+              "d_ff": "99", "dropout": "0.25", "tie_embeddings": "false"}  # fmt: skip
+    for key, text in wishes.items():
+        config = set_key(config, f"model.{key}", text)
+    m = config.model_config(vocab_size=300)
+    assert (m.kind, m.n_layers, m.context, m.d_model, m.n_heads, m.n_kv_heads) == ("llama", 3, 17, 48, 6, 2)
+    assert (m.d_ff, m.dropout, m.tie_embeddings, m.vocab_size) == (99, 0.25, False, 300)
+    assert config.model_config().vocab_size == config.data.vocab_size
 
 
 def test_no_such_file(tmp_path):
@@ -65,6 +164,10 @@ def test_no_such_file(tmp_path):
     [
         ("train.stepz", "3", r"unknown option --train\.stepz\. Did you mean train\.steps\?"),
         ("train.steps", "x", r"--train\.steps='x'; expected a whole number"),
+        ("train.steps", "3 # many", r"--train\.steps='3 # many'; expected a whole number"),
+        ("train.steps", "2024-01-01", r"--train\.steps='2024-01-01'; expected a whole number"),
+        ("data.path", "caf\udce9", r"--data\.path='caf\\udce9'; expected text in UTF-8"),
+        ("schedule.name", "cosin", r"--schedule\.name='cosin'; expected one of .* \(did you mean cosine\?\)"),
         ("optimizer.lr", "nan", "expected a number"),
         ("optimizer.betas", "0.9,x", "expected a number"),
         ("model.tie_embeddings", "maybe", "expected true or false"),
@@ -85,6 +188,11 @@ def test_errors_in_flags(key, text, message):
         ("model.n_heads", "7", "doesn't divide"),
         ("model.dropout", "1.5", "dropout"),
         ("data.vocab_size", "10", "vocab_size=10"),
+        ("train.seed", str(2**63), r"train\.seed=9223372036854775808; expected a whole number in \[0, 2\*\*63\)"),
+        ("train.seed", "-1", r"train\.seed=-1; expected"),
+        ("sample.prompt", "", r"sample\.prompt=''; expected at least one character"),
+        ("optimizer.betas", "0.9,1", r"optimizer\.betas=\(0\.9, 1\.0\); expected two in \[0, 1\)"),
+        ("model.n_kv_heads", "2", r"model\.n_kv_heads=2 with model\.n_heads=4, kind gpt2; expected the same number"),
     ],
 )
 def test_values_out_of_range(key, text, message):
