@@ -1,10 +1,12 @@
 """One training step of a GPT, side by side: ours, PyTorch eager, torch.compile, and JAX where it is installed.
 
-    python benchmarks/step.py [--model gpt2|llama] [--rounds 10] [--only ours eager] [--no-memory]
+    python benchmarks/step.py [--model gpt2|llama] [--rounds 10] [--only ours eager] [--no-fresh]
 
 The step is forward, backward, clipping to global norm 1 and AdamW, float32, on the same weights and tokens. Times
-alternate in one process. First step and peak memory are taken in a fresh process each, with empty compiler caches
-(`ours, kernels built` has the once-per-machine choices and libraries of an earlier run, as every run but the first).
+alternate in one process. The rest is taken in a fresh process each, with empty compiler caches: the first step, from
+building the model to its loss; the best step alone, with nobody else's settings or threads in the process; and the
+peak of memory during later steps, beyond that of the imported libraries. `ours, kernels built` has the once-per-machine choices and
+libraries of an earlier run, as every run but the first.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.func import functional_call
 
 import neuralforge as nf
@@ -29,9 +30,9 @@ from neuralforge.bench import (
     alternate,
     peak_flops,
     peak_resident_bytes,
-    ratio_interval,
     reset_peak,
     resident_bytes,
+    timing_table,
 )
 from neuralforge.kernels.toolchain import cpu_model, isa
 from neuralforge.models import ModelConfig, build, next_token_loss
@@ -106,32 +107,29 @@ CANDIDATES: dict[str, Callable[[ModelConfig, int], Callable[[], float]]] = {
 }
 
 
-def fresh(name: str, model: str, cache: str | None = None) -> dict[str, float]:
-    """First-step time and peak memory of a candidate in a process of its own, its caches in the folder `cache`."""
-    with tempfile.TemporaryDirectory() as empty:
-        cache = cache or empty
-        env = {**os.environ, "NEURALFORGE_CACHE": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-        done = subprocess.run(
-            [sys.executable, __file__, "--fresh", name, "--model", model], env=env, capture_output=True, text=True
-        )
+def fresh(name: str, model: str, cache: str) -> dict[str, float]:
+    """What `report_fresh` finds in a process of its own, with compiler caches in the folder `cache`."""
+    env = {**os.environ, "NEURALFORGE_CACHE": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    command = [sys.executable, __file__, "--fresh", name, "--model", model]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed in a fresh process:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report_fresh(name: str, model: str) -> None:
+    """Print seconds of the first step and of the best later one, and the bytes of memory they took, as JSON."""
+    if name == "jax":
+        importlib.import_module("jax_step")
     config, batch = MODELS[model]
-    run = CANDIDATES[name](config, batch)
     before = resident_bytes()
-    reset_peak()
     start = time.perf_counter()
+    run = CANDIDATES[name](config, batch)
     run()
     first = time.perf_counter() - start
-    if name in ("compile", "jax"):  # the compiler's own memory is not the step's
-        reset_peak()
-    run()
-    run()
-    print(json.dumps({"first": first, "peak": peak_resident_bytes() - before, "total": peak_resident_bytes()}))
+    reset_peak()  # the compiler's own memory is not the step's
+    best = alternate({name: run}, rounds=5)[name].best
+    print(json.dumps({"first": first, "best": best, "peak": peak_resident_bytes() - before}))
 
 
 def main() -> None:
@@ -139,7 +137,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="gpt2")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes")
+    parser.add_argument("--no-fresh", action="store_true", help="skip the fresh processes")
     parser.add_argument("--fresh", choices=CANDIDATES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.fresh:
@@ -164,24 +162,18 @@ def main() -> None:
         raise SystemExit(f"the candidates disagree by {spread:.4f} after three steps: they don't run the same step")
 
     timings = alternate(runs, args.rounds)
-    table = Table(title="whole training step")
-    for column in ("", "best s", "median s", "CPU s", "of peak (best)", "first step s", "peak memory MB"):
-        table.add_column(column, justify="left" if not column else "right")
-    with tempfile.TemporaryDirectory() as shared:
-        for name, t in timings.items():
-            extra = {"first": float("nan"), "peak": float("nan")} if args.no_memory else fresh(name, args.model, shared)
-            table.add_row(
-                name, f"{t.best:.3f}", f"{t.median:.3f}", f"{t.cpu_median:.3f}", f"{flops / t.best / peak.value:.0%}",
-                f"{extra['first']:.1f}", f"{extra['peak'] / 1e6:.0f}",
-            )  # fmt: skip
-        if "ours" in names and not args.no_memory:
-            again = fresh("ours", args.model, shared)
-            table.add_row("ours, kernels built", "", "", "", "", f"{again['first']:.1f}", f"{again['peak'] / 1e6:.0f}")
-    console.print(table)
-    for name in names:
-        if name != "ours" and "ours" in names:
-            middle, low, high = ratio_interval(timings[name].wall, timings["ours"].wall)
-            console.print(f"{name} / ours: {middle:.2f} x (95 % interval {low:.2f} to {high:.2f})")
+    columns = {"of peak (best)": {name: f"{flops / t.best / peak.value:.0%}" for name, t in timings.items()}}
+    if not args.no_fresh:
+        with tempfile.TemporaryDirectory() as shared:
+            found = {name: fresh(name, args.model, shared) for name in names}
+            if "ours" in names:
+                again = fresh("ours", args.model, shared)
+        columns["alone, best ms"] = {name: f"{f['best'] * 1e3:.0f}" for name, f in found.items()}
+        columns["first step s"] = {name: f"{f['first']:.1f}" for name, f in found.items()}
+        columns["peak memory MB"] = {name: f"{f['peak'] / 1e6:.0f}" for name, f in found.items()}
+    console.print(timing_table(timings, "whole training step", columns))
+    if not args.no_fresh and "ours" in names:
+        console.print(f"ours, kernels built: first step {again['first']:.1f} s")
 
 
 if __name__ == "__main__":

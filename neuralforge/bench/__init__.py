@@ -2,9 +2,9 @@
 
 from .memory import peak_resident_bytes, reset_peak, resident_bytes
 from .peak import Peak, bandwidth, peak_flops
-from .stats import Timing, alternate, ratio_interval
+from .stats import Timing, alternate, ratio_interval, timing_table
 
 __all__ = [
     "Peak", "Timing", "alternate", "bandwidth", "peak_flops", "peak_resident_bytes", "ratio_interval", "reset_peak",
-    "resident_bytes",
+    "resident_bytes", "timing_table",
 ]  # fmt: skip
