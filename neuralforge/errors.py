@@ -31,5 +31,9 @@ class DifferentiationError(NeuralForgeError):
     """A derivative was asked for that doesn't exist or has no rule."""
 
 
+class MemoryBudgetError(NeuralForgeError):
+    """A program can't be made to fit its memory budget."""
+
+
 class KernelError(NeuralForgeError):
     """A native kernel can't be built or loaded."""

@@ -16,11 +16,9 @@ class Explanation:
     graph after each pass ("captured" first), `program` the generated Python."""
 
     def __init__(self, f: Callable, args: tuple, kwargs: dict):
-        donate = f.donate if isinstance(f, Jit) else ()
-        f = f.f if isinstance(f, Jit) else f
-        captured = capture(lambda a, k: f(*a, **k), args, kwargs)
+        jitted = f if isinstance(f, Jit) else Jit(f, ())
+        captured = capture(lambda a, k: jitted.f(*a, **k), args, kwargs)
         self.stages: list[tuple[str, Graph]] = [("captured", captured.graph), *stages(captured.graph)]
-        jitted = Jit(f, donate)
         self._compiled: Compiled = jitted.compile(args, kwargs, captured)
         self.program: str = self._compiled.program.source
 

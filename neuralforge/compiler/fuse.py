@@ -46,7 +46,9 @@ class Fused:
     def may_overwrite(self, output: Value, operand: Value) -> bool:
         """May `output` be put where `operand` (of the same type, read for the last time) is? Within one part an
         element is read before it is written; parts run side by side."""
-        part = next(part for part in self.parts if output in part.outputs)
+        part = next((part for part in self.parts if output in part.outputs), None)
+        if part is None:  # computed a second time, under other names
+            return False
         return operand in part.inputs and sum(operand in other.inputs for other in self.parts) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import update_wrapper
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..errors import CaptureError
+from ..errors import CaptureError, MemoryBudgetError
 from ..graph import Captured, capture
+from ..graph.ir import Equation
 from ..graph.source import user_line
 from .executor import Program
 from .kernels import claim
 from .pipeline import optimise
+from .plan import plan_memory
 from .products import choose_products
+from .remat import rematerialise
 
 CACHE_SIZE = 64
 
@@ -28,10 +32,11 @@ class Jit:
     transform then follows.
     """
 
-    def __init__(self, f: Callable, donate: tuple[int, ...]):
+    def __init__(self, f: Callable, donate: tuple[int, ...], memory_budget: int | None = None):
         update_wrapper(self, f)
         self.f = f
         self.donate = donate
+        self.memory_budget = memory_budget
         self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,21 +76,31 @@ class Jit:
                     f"arguments must be passed by position."
                 )
         flags = [n in self.donate for n, arg in enumerate(args) for leaf in tree_flatten(arg)[0] if _is_tensor(leaf)]
-        return Compiled(captured, [i for i, flag in enumerate(flags) if flag])
+        return Compiled(captured, [i for i, flag in enumerate(flags) if flag], self.memory_budget)
 
 
 class Compiled:
     """A captured function with its optimised graph and its program."""
 
-    def __init__(self, captured: Captured, donated: list[int]):
-        self.graph = graph = optimise(captured.graph)
+    def __init__(self, captured: Captured, donated: list[int], memory_budget: int | None):
+        graph = optimise(captured.graph)
         self.out_tree: TreeSpec = captured.out_tree
         self.writes = captured.writes
         # What the function itself writes to can't be given away.
         self.donated = [i for i in donated if i not in captured.writes]
         calls = choose_products(graph.equations)
         kernels = {eq: kernel for eq, kernel in claim(graph).items() if eq not in calls}
-        self.program = Program(graph, kernels, calls, [graph.inputs[i] for i in self.donated])
+        given = [graph.inputs[i] for i in self.donated]
+        if memory_budget is not None:
+
+            def copied(old: Equation, new: Equation) -> None:
+                for table in (kernels, calls):
+                    if old in table:
+                        table[new] = table[old]
+
+            graph = rematerialise(graph, lambda g: plan_memory(g, kernels, given), copied, memory_budget)
+        self.graph = graph
+        self.program = Program(graph, kernels, calls, given)
 
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         given = tensors
@@ -101,7 +116,9 @@ class Compiled:
         return tree_unflatten(flat[:count], self.out_tree)
 
 
-def jit(f: Callable | None = None, *, donate: tuple[int, ...] | int = ()) -> Any:
+def jit(
+    f: Callable | None = None, *, donate: tuple[int, ...] | int = (), memory_budget: int | str | None = None
+) -> Any:
     """Compile `f`, a function of pytrees of tensors: its first call with given shapes captures it as one graph,
     optimises it and plans its memory; later calls run the result.
 
@@ -109,14 +126,28 @@ def jit(f: Callable | None = None, *, donate: tuple[int, ...] | int = ()) -> Any
     there must not be used afterwards. Leaves that aren't tensors (numbers, strings, modules) are static: another
     value compiles anew, so pass what changes from call to call as a tensor.
 
+    `memory_budget`: bytes, or text such as "600MB", that a call may allocate at its peak beyond its arguments; values
+    are then computed again rather than kept, as few and as cheap ones as will do (`compiler/remat.py`). Raises
+    MemoryBudgetError, with the smallest budget that can be met.
+
     Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
     tensor data. In-place writes to arguments take effect after the call; in-place writes to tensors that `f` closes
     over raise.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
+    budget = _bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
     if f is None:
-        return lambda f: Jit(f, donate)
-    return Jit(f, donate)
+        return lambda f: Jit(f, donate, budget)
+    return Jit(f, donate, budget)
+
+
+def _bytes(text: str) -> int:
+    """The number in "600MB", "1.5 GB" or "2GiB"."""
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", text.upper())
+    if found is None:
+        raise MemoryBudgetError(f"memory_budget={text!r}; expected bytes, or a number with a unit, as 600MB or 1.5GiB.")
+    return int(float(found.group(1)) * units[found.group(2)])
 
 
 def _is_tensor(leaf: Any) -> bool:

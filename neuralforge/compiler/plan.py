@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -36,6 +37,11 @@ class Plan:
     arena_bytes: int = 0
     peak_bytes: int = 0
     """Predicted peak of everything allocated by a call: the arena, fresh outputs, and what operators allocate."""
+    birth: dict[Value, int] = field(default_factory=dict)
+    death: dict[Value, int] = field(default_factory=dict)
+    """First and last equation at which each value's memory is in use; inputs and constants have no birth."""
+    in_use: list[int] = field(default_factory=list)
+    """Bytes in use at each equation."""
 
 
 def root_of(roots: dict[Value, Value], value: Value) -> Value:
@@ -94,7 +100,12 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
                 plan.buffers[out] = Buffer(_extent(out), i, death[out])
 
     plan.arena_bytes = assign_offsets(list(dict.fromkeys(plan.buffers.values())))
-    plan.peak_bytes = plan.arena_bytes + sum(v.nbytes for v in plan.fresh) + _own_peak(graph, plan, birth, death)
+    plan.birth, plan.death = birth, death
+    own = [v for v in birth if v not in roots and v not in plan.buffers and v not in plan.takes_over and v not in plan.fresh]
+    fresh = sum(v.nbytes for v in plan.fresh)
+    plan.peak_bytes = plan.arena_bytes + fresh + max(_profile(own, birth, death, end), default=0)
+    mine = [v for v in birth if v not in roots and v not in plan.takes_over]
+    plan.in_use = _profile(mine, birth, death, end)
     return plan
 
 
@@ -121,19 +132,13 @@ def _extent(v: Value) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(tuple(v.shape), v.strides))) * v.fake.element_size()
 
 
-def _own_peak(graph: Graph, plan: Plan, birth: dict[Value, int], death: dict[Value, int]) -> int:
-    """The most that operators' own allocations hold at once."""
-    changes = [0] * (len(graph.equations) + 2)
-    for v, i in birth.items():
-        if v in plan.roots or v in plan.buffers or v in plan.takes_over or v in plan.fresh:
-            continue
-        changes[i] += v.nbytes
+def _profile(values: list[Value], birth: dict[Value, int], death: dict[Value, int], end: int) -> list[int]:
+    """Bytes that `values` hold at each equation."""
+    changes = [0] * (end + 2)
+    for v in values:
+        changes[birth[v]] += v.nbytes
         changes[death[v] + 1] -= v.nbytes
-    now = peak = 0
-    for change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return list(accumulate(changes))[:end]
 
 
 def empty_like(v: Value, memory: torch.Tensor, offset: int) -> torch.Tensor:
