@@ -184,7 +184,7 @@ def _load(source: str, name: str, flags: Sequence[str]) -> ctypes.CDLL:
     key = "\0".join([source, version, *command, *sorted(cpu_features())])
     file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     wanted = _wanted_folder()
-    for folder in (wanted, _private.get(wanted, wanted)):  # a cache that is read-only may still have it
+    for folder in dict.fromkeys((wanted, _private.get(wanted, wanted))):  # a cache that is read-only may still have it
         if _intact(folder / file):
             try:
                 return ctypes.CDLL(str(folder / file))
