@@ -8,29 +8,49 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import optim
-    from .autograd import grad, hvp, jvp, stop_gradient, value_and_grad, vjp
+    from . import optim, testing
+    from .autograd import (
+        GradientTape,
+        checkpoint,
+        checkpoint_name,
+        custom_jvp,
+        custom_vjp,
+        grad,
+        hessian,
+        hvp,
+        jacfwd,
+        jacrev,
+        jvp,
+        linearize,
+        opaque,
+        save_only,
+        save_products,
+        stop_gradient,
+        value_and_grad,
+        vjp,
+        vmap,
+    )
     from .compiler import explain, jit
 
-# Loaded at first use: the command line must answer `--help` without importing torch.
-_HOME = {
-    "grad": "autograd", "hvp": "autograd", "jvp": "autograd", "stop_gradient": "autograd",
-    "value_and_grad": "autograd", "vjp": "autograd",
-    "explain": "compiler", "jit": "compiler",
-    "optim": "optim",
-}  # fmt: skip
+__all__ = [
+    "GradientTape", "checkpoint", "checkpoint_name", "custom_jvp", "custom_vjp", "explain", "grad", "hessian", "hvp",
+    "jacfwd", "jacrev", "jit", "jvp", "linearize", "opaque", "optim", "save_only", "save_products", "stop_gradient",
+    "testing", "value_and_grad", "vjp", "vmap",
+]  # fmt: skip
 
-__all__ = ["explain", "grad", "hvp", "jit", "jvp", "optim", "stop_gradient", "value_and_grad", "vjp"]
+_HOME = {"explain": "compiler", "jit": "compiler", "optim": "optim", "testing": "testing"}  # the rest: autograd
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    # Loaded at first use: the command line must answer `--help` without importing torch.
+    if name not in __all__:
         raise AttributeError(f"module 'neuralforge' has no attribute {name!r}")
-    module = import_module(f".{_HOME[name]}", __name__)
-    found = module if name == _HOME[name] else getattr(module, name)
+    home = _HOME.get(name, "autograd")
+    module = import_module(f".{home}", __name__)
+    found = module if name == home else getattr(module, name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})

@@ -76,6 +76,27 @@ class Tape(Tracer):
                     r.__dict__[key] = (node, i)
         return out
 
+    def attach(self, outputs: Sequence[Any], inputs: Sequence[Any], vjp: Callable[[list], Sequence], name: str) -> list:
+        """Record a computation done while the tape was paused as one node. `vjp` takes the cotangents of the outputs
+        (None where nothing arrives) and gives those of the inputs. Returns aliases of the outputs, on the tape."""
+        at = [i for i, x in enumerate(inputs) if self.node(x) is not None]
+        parents, like = [self.node(inputs[i]) for i in at], [_like(inputs[i]) for i in at]
+
+        def pull(gs: tuple) -> list:
+            back = vjp(list(gs))
+            return [back[i] for i in at]
+
+        node = Node([(parents, pull, like)] if at else [], len(outputs), name)
+        attached = []
+        for i, x in enumerate(outputs):
+            if isinstance(x, torch.Tensor):
+                with self.paused():
+                    x = torch.ops.aten.alias.default(x)  # an output may be an input, which has its own place
+                if at and (x.is_floating_point() or x.is_complex()):
+                    x.__dict__[self.key] = (node, i)
+            attached.append(x)
+        return attached
+
     def _descend(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         found = find_definition(func)
         if found is None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Tracer(TorchDispatchMode):
         self._now = self.key + "now"  # attribute: the tensor that a written tensor means
         self._written: dict[int, weakref.ref] = {}
         self.descents: list[Any] = []  # operators whose definitions are being followed just now
+        self._paused = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -65,7 +67,18 @@ class Tracer(TorchDispatchMode):
         """Apply a pure operator. Overridden by subclasses."""
         return func(*args, **kwargs)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, operators pass by unrecorded, on to the tracers outside this one."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         traits = operator_traits(func)
         if traits.makes_complex or _any_complex(args):
             with _lazy_conjugates():

@@ -1,0 +1,87 @@
+"""An imperative tape, for code that isn't written as functions (after TensorFlow's)."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..errors import DifferentiationError
+from ..graph.source import user_line
+from .tape import Node, Tape
+from .transforms import _check_input
+
+
+class GradientTape:
+    """Records what is computed from the tensors it is told to watch, between `with` and its end:
+
+        with nf.GradientTape() as tape:
+            tape.watch(x)
+            y = (x * x).sum()
+        dx = tape.gradient(y, x)
+
+    `gradient` frees the tape as it goes and can be called once, any number of times if `persistent`. Tapes nest: what
+    an inner one computes inside an outer one's `with`, its gradients included, the outer one records.
+    """
+
+    def __init__(self, persistent: bool = False):
+        self.persistent = persistent
+        self._tape: Tape | None = Tape()
+        self._no_grad = torch.no_grad()
+        self._leaves: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> GradientTape:
+        self._no_grad.__enter__()
+        self._tape.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._tape.__exit__(kind, error, trace)
+        self._tape.write_back()
+        self._no_grad.__exit__(kind, error, trace)
+
+    def watch(self, tensors: Any) -> None:
+        """Follow these tensors (a tensor or a pytree) from here on. Raises DifferentiationError for one that isn't
+        floating point or complex."""
+        for x in tree_flatten(tensors)[0]:
+            _check_input(x)
+            if self._tape.node(x) is None:
+                x.__dict__[self._tape.key] = Node([], None, "input"), 0
+                self._leaves[id(x)] = x
+
+    def gradient(self, target: Any, sources: Any) -> Any:
+        """The gradient of `target` (a real tensor; a pytree of them, or elements of one, are added up) with respect to
+        the watched `sources`: a pytree like them, zeros where the target doesn't depend on them.
+
+        Raises DifferentiationError for a source that wasn't watched, and a second call on a tape that isn't persistent.
+        """
+        if self._tape is None:
+            raise DifferentiationError(
+                f"{user_line()}: this tape's gradient has been taken and the tape freed. For more than one, make it with "
+                f"nf.GradientTape(persistent=True)."
+            )
+        flat, tree = tree_flatten(sources)
+        for x in flat:
+            if id(x) not in self._leaves:
+                raise DifferentiationError(
+                    f"{user_line()}: the gradient with respect to a tensor of shape {tuple(getattr(x, 'shape', ()))} that "
+                    f"wasn't watched. Call tape.watch(tensor) before computing with it."
+                )
+        targets = tree_flatten(target)[0]
+        for y in targets:
+            if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+                what = f"a tensor of {y.dtype}" if isinstance(y, torch.Tensor) else type(y).__name__
+                raise DifferentiationError(f"{user_line()}: the gradient of {what}; expected real tensors.")
+        tape, leaves = self._tape, list(self._leaves.values())
+        if not self.persistent:
+            self._tape = None
+        with torch.no_grad():
+            targets = tree_map(tape.now, targets)
+            grads = tape.pull(targets, [torch.ones_like(y) for y in targets], leaves, keep=self.persistent)
+            found = {id(x): torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)}
+        if not self.persistent:
+            for x in leaves:
+                x.__dict__.pop(tape.key, None)
+        return tree_unflatten([found[id(x)] for x in flat], tree)

@@ -1,0 +1,116 @@
+"""Whole derivative matrices, and derivatives as linear functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..errors import DifferentiationError
+from ..graph.source import user_line
+from .transforms import jvp, vjp
+from .vmap import vmap
+
+
+def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
+    """The Jacobian by reverse mode, a pullback for each output element (vectorised): right for few outputs and many
+    inputs. The result has the output's structure, with the argument's structure (a tuple of them for a tuple of
+    argnums) at each leaf; a leaf has shape [*output shape, *input shape]."""
+
+    @wraps(f)
+    def jacobian(*args: Any) -> Any:
+        chosen, call = _split(f, argnums, args)
+        out, pullback = vjp(call, *chosen)
+        outputs, out_tree = tree_flatten(out)
+        zeros = [torch.zeros_like(y) for y in outputs]
+        rows = []
+        for i, y in enumerate(outputs):
+            _check_output(y)
+
+            def pull(e: torch.Tensor, i: int = i) -> Any:
+                return pullback(tree_unflatten([*zeros[:i], e, *zeros[i + 1 :]], out_tree))
+
+            flat = vmap(pull)(_basis(y))
+            rows.append(tree_map(lambda g, y=y: g.reshape(*y.shape, *g.shape[1:]), _pick(flat, argnums)))
+        return tree_unflatten(rows, out_tree)
+
+    return jacobian
+
+
+def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
+    """The Jacobian by forward mode, a tangent for each input element (vectorised): right for few inputs and many
+    outputs. Structured as jacrev's."""
+
+    @wraps(f)
+    def jacobian(*args: Any) -> Any:
+        chosen, call = _split(f, argnums, args)
+        inputs, in_tree = tree_flatten(tuple(chosen))
+        zeros = [torch.zeros_like(x) for x in inputs]
+        columns = []  # for each input leaf, the outputs' derivatives, input elements first
+        for i, x in enumerate(inputs):
+
+            def push(e: torch.Tensor, i: int = i) -> Any:
+                return jvp(call, tuple(chosen), tree_unflatten([*zeros[:i], e, *zeros[i + 1 :]], in_tree))[1]
+
+            columns.append(tree_flatten(vmap(push, out_axes=-1)(_basis(x))))
+        out_tree = columns[0][1]
+        rows = []
+        for j in range(out_tree.num_leaves):
+            leaves = [c[0][j].reshape(*c[0][j].shape[:-1], *x.shape) for c, x in zip(columns, inputs)]
+            rows.append(_pick(tree_unflatten(leaves, in_tree), argnums))
+        return tree_unflatten(rows, out_tree)
+
+    return jacobian
+
+
+def hessian(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
+    """Second derivatives, forward over reverse: for a scalar function of x, [*x.shape, *x.shape]; structured as the
+    Jacobian of the Jacobian."""
+    return jacfwd(jacrev(f, argnums), argnums)
+
+
+def linearize(f: Callable, *primals: Any) -> tuple[Any, Callable]:
+    """`(f(*primals), jvp_fn)`: `jvp_fn(*tangents)` is the derivative along the tangents as a linear function, which
+    reuses what `f` computed. (The pullback is linear in its cotangent; its own pullback is the derivative.)"""
+    out, pullback = vjp(f, *primals)
+    zeros = tree_map(lambda y: torch.zeros_like(y), out)
+    _, push = vjp(lambda cotangent: pullback(cotangent), zeros)
+    return out, lambda *tangents: push(tangents)[0]
+
+
+def _split(f: Callable, argnums: int | tuple[int, ...], args: tuple) -> tuple[list, Callable]:
+    """The differentiated arguments, and `f` as a function of them."""
+    which = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if any(not -len(args) <= n < len(args) for n in which):
+        raise DifferentiationError(
+            f"{user_line()}: argnums={argnums} of a call with {len(args)} positional arguments. Differentiated arguments "
+            f"must be passed by position."
+        )
+
+    def call(*chosen: Any) -> Any:
+        full = list(args)
+        for n, x in zip(which, chosen):
+            full[n] = x
+        return f(*full)
+
+    return [args[n] for n in which], call
+
+
+def _pick(grads: tuple, argnums: int | tuple[int, ...]) -> Any:
+    return grads[0] if isinstance(argnums, int) else tuple(grads)
+
+
+def _basis(x: torch.Tensor) -> torch.Tensor:
+    """The unit tensors of x's shape, stacked: [numel, *x.shape]."""
+    return torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(x.numel(), *x.shape)
+
+
+def _check_output(y: Any) -> None:
+    if not isinstance(y, torch.Tensor) or not (y.is_floating_point() or y.is_complex()):
+        what = f"a tensor of {y.dtype}" if isinstance(y, torch.Tensor) else type(y).__name__
+        raise DifferentiationError(
+            f"{user_line()}: the Jacobian needs a function that returns floating-point tensors, not {what}."
+        )
