@@ -29,7 +29,7 @@ class Jit:
     """A function compiled for each combination of argument structure, shapes, dtypes, strides and static values.
 
     Called inside another transform (`nf.grad`, `nf.jit`, ...) it simply runs its Python function, which that
-    transform then follows.
+    transform then follows. Called on tensors that require grad, its outputs carry torch.autograd gradients.
     """
 
     def __init__(self, f: Callable, donate: tuple[int, ...], memory_budget: int | None = None):
@@ -42,30 +42,58 @@ class Jit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch._C._len_torch_dispatch_stack():
             return self.f(*args, **kwargs)
+        if torch.is_grad_enabled():
+            leaves = tree_flatten((args, kwargs))[0]
+            if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+                return self._with_autograd(args, kwargs)
         compiled, tensors = self.lookup(args, kwargs)
         return compiled(tensors)
+
+    def _with_autograd(self, args: tuple, kwargs: dict) -> Any:
+        """Called from code that torch.autograd follows: outputs get gradients."""
+        from .torch_autograd import Differentiable, Function
+
+        leaves, tree = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
+        key = ("autograd", tuple(wanted), *self._key(leaves, tree))
+        program = self._compiled.get(key)
+        if program is None:
+            program = self._remember(key, Differentiable(self.f, args, kwargs, wanted, self.memory_budget))
+        outputs = Function.apply(program, wanted, *tensors)
+        return tree_unflatten(list(outputs), program.out_tree)
 
     def lookup(self, args: tuple, kwargs: dict) -> tuple[Compiled, list[torch.Tensor]]:
         """The compiled form for these arguments (compiling it if need be), and the tensors among them."""
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = self._key(leaves, tree)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
+            compiled = self._remember(key, self.compile(args, kwargs, captured))
+        else:
+            self._compiled.move_to_end(key)
+        return compiled, tensors
+
+    def _key(self, leaves: list, tree: TreeSpec) -> tuple:
+        """What a compiled form holds for."""
         key = (tree, torch.get_num_threads(), *(_signature(leaf) for leaf in leaves))
         try:
-            compiled = self._compiled.get(key)
+            hash(key)
         except TypeError as e:
             unhashable = next(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor) and leaf.__hash__ is None)
             raise CaptureError(
                 f"{user_line()}: an argument of nf.jit holds {unhashable!r} ({type(unhashable).__name__}), which is "
                 f"neither a tensor nor hashable. Pass tensors, numbers, strings, or pytrees of them."
             ) from e
-        if compiled is None:
-            captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
-            compiled = self._compiled[key] = self.compile(args, kwargs, captured)
-            while len(self._compiled) > CACHE_SIZE:
-                self._compiled.popitem(last=False)
-        else:
-            self._compiled.move_to_end(key)
-        return compiled, tensors
+        return key
+
+    def _remember(self, key: Any, compiled: Any) -> Any:
+        self._compiled[key] = compiled
+        while len(self._compiled) > CACHE_SIZE:
+            self._compiled.popitem(last=False)
+        return compiled
 
     def compile(self, args: tuple, kwargs: dict, captured: Captured) -> Compiled:
         """Compile what was captured for these arguments."""

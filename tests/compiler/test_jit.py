@@ -140,12 +140,6 @@ def test_donate_out_of_range():
         nf.jit(lambda x: x, donate=1)(torch.ones(1))
 
 
-def test_torch_autograd_inputs_are_accepted():
-    w = torch.nn.Parameter(torch.ones(3))
-    out = nf.jit(lambda w: w * 2)(w)
-    assert not out.requires_grad and out.tolist() == [2, 2, 2]
-
-
 def test_explain():
     @nf.jit(donate=0)
     def step(w, x):

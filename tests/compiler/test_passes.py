@@ -2,7 +2,13 @@
 
 import torch
 
-from neuralforge.compiler.passes import common_subexpressions, dead_code, fold_constants, simplify, transpose_products
+from neuralforge.compiler.passes import (
+    common_subexpressions,
+    dead_code,
+    fold_constants,
+    simplify,
+    transpose_products,
+)
 from neuralforge.graph import capture, verify
 
 

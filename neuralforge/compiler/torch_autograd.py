@@ -1,0 +1,117 @@
+"""A jitted function inside ordinary PyTorch code: its outputs carry torch.autograd gradients, computed by our own
+backward program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..autograd import vjp
+from ..errors import CaptureError
+from ..graph import Captured, Graph, capture
+from ..graph.ir import Value
+from ..graph.source import user_line
+from .jit import Compiled
+
+
+class Differentiable:
+    """Forward and backward programs of a function whose tensor arguments at `wanted` (among all tensor leaves) need
+    gradients. Forward returns, after the outputs, the values that backward reads."""
+
+    def __init__(self, f: Callable, args: tuple, kwargs: dict, wanted: list[int], memory_budget: int | None):
+        leaves, tree = tree_flatten((args, kwargs))
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i].detach() for i in at]
+
+        def call(*given: torch.Tensor) -> Any:
+            full = list(leaves)
+            for i, t in zip(at, given):
+                full[i] = t
+            a, k = tree_unflatten(full, tree)
+            return f(*a, **k)
+
+        plain = capture(call, *tensors)
+        if plain.writes:
+            raise CaptureError(
+                f"{user_line()}: a jitted function that writes in place to its arguments can't take part in torch.autograd. "
+                f"Return the new values, or call it under torch.no_grad()."
+            )
+        self.out_tree: TreeSpec = plain.out_tree
+        self.count = plain.out_tree.num_leaves
+        outputs = plain.graph.outputs[: self.count]
+        # Outputs that can have a gradient; the others (indices, plain Python values) pass through.
+        self.smooth = [
+            i for i, v in enumerate(outputs) if isinstance(v, Value) and (v.dtype.is_floating_point or v.dtype.is_complex)
+        ]
+        cotangents = [outputs[i].fake for i in self.smooth]
+
+        def joint(given: list[torch.Tensor], gs: list[torch.Tensor]) -> tuple:
+            def chosen(*xs: torch.Tensor) -> Any:
+                full = list(given)
+                for i, x in zip(wanted, xs):
+                    full[i] = x
+                flat = tree_flatten(call(*full))[0]
+                return [flat[i] for i in self.smooth], flat
+
+            (_, flat), pullback = vjp(chosen, *[given[i] for i in wanted])
+            zeros = [torch.zeros_like(y) if isinstance(y, torch.Tensor) else y for y in flat]
+            return flat, pullback((gs, zeros))
+
+        graph = capture(joint, tensors, cotangents).graph
+        forward, backward, kept = split(graph, graph.inputs[: len(tensors)], graph.outputs[: self.count])
+        self.forward = _compiled(forward, memory_budget)
+        self.backward = _compiled(backward, memory_budget)
+        self.kept = len(kept)
+
+
+class Function(torch.autograd.Function):
+    """The bridge."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Differentiable, wanted: list[int], *tensors: torch.Tensor) -> tuple:
+        flat = program.forward([t.detach() for t in tensors])
+        ctx.program, ctx.wanted, ctx.total = program, wanted, len(tensors)
+        ctx.save_for_backward(*flat[program.count :])
+        outputs = tuple(flat[: program.count])
+        ctx.mark_non_differentiable(
+            *[y for i, y in enumerate(outputs) if isinstance(y, torch.Tensor) and i not in program.smooth]
+        )
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Any) -> tuple:
+        program = ctx.program
+        grads = program.backward([*ctx.saved_tensors, *[gs[i] for i in program.smooth]])
+        result: list[Any] = [None] * ctx.total
+        for i, g in zip(ctx.wanted, grads):
+            result[i] = g
+        return None, None, *result
+
+
+def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph, Graph, list[Value]]:
+    """A joint graph as forward, backward, and the values passed from one to the other (inputs of forward included).
+    Backward is what depends on an input that isn't among `primals`."""
+    late = set(graph.inputs) - set(primals)
+    early_equations, late_equations = [], []
+    for eq in graph.equations:
+        if any(v in late for v in eq.inputs):
+            late.update(eq.results)
+            late_equations.append(eq)
+        else:
+            early_equations.append(eq)
+    needed = [v for eq in late_equations for v in eq.inputs]
+    needed += [v for v in graph.outputs[len(outputs) :] if isinstance(v, Value)]
+    kept = [v for v in dict.fromkeys(needed) if v not in late and v not in graph.constants]
+    forward = Graph(list(primals), graph.constants, early_equations, [*outputs, *kept])
+    cotangents = [v for v in graph.inputs if v not in set(primals)]
+    backward = Graph([*kept, *cotangents], graph.constants, late_equations, graph.outputs[len(outputs) :])
+    return forward, backward, kept
+
+
+def _compiled(graph: Graph, memory_budget: int | None) -> Compiled:
+    return Compiled(Captured(graph, tree_flatten(list(graph.outputs))[1], []), [], memory_budget)
