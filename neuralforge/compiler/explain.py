@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..graph import Graph, capture
+from .compiled import Compiled
 from .cost import cost, total
-from .jit import Compiled, Jit
+from .jit import Jit
 from .pipeline import stages
+from .plan import Plan
 
 
 class Explanation:
@@ -27,12 +29,17 @@ class Explanation:
         """The graph that runs."""
         return self._compiled.graph
 
+    @property
+    def plan(self) -> Plan:
+        """Its memory plan."""
+        return self._compiled.program.plan
+
     def __str__(self) -> str:
         lines = [f"{'pass':<26}{'equations':>10}{'GFLOP':>10}{'MB moved':>10}"]
         for name, graph in self.stages:
             c = total(graph)
             lines.append(f"{name:<26}{len(graph.equations):>10}{c.flops / 1e9:>10.3f}{c.bytes / 1e6:>10.1f}")
-        plan = self._compiled.program.plan
+        plan = self.plan
         lines += [
             "",
             f"memory: an arena of {plan.arena_bytes / 1e6:.1f} MB for {len(set(plan.buffers.values()))} buffers, "

@@ -13,14 +13,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import CaptureError, MemoryBudgetError
 from ..graph import Captured, capture
-from ..graph.ir import Equation
 from ..graph.source import user_line
-from .executor import Program
-from .kernels import claim
-from .pipeline import optimise
-from .plan import plan_memory
-from .products import choose_products
-from .remat import rematerialise
+from .compiled import Compiled
+from .torch_autograd import Differentiable, Function
 
 CACHE_SIZE = 64
 
@@ -51,8 +46,6 @@ class Jit:
 
     def _with_autograd(self, args: tuple, kwargs: dict) -> Any:
         """Called from code that torch.autograd follows: outputs get gradients."""
-        from .torch_autograd import Differentiable, Function
-
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
@@ -107,43 +100,6 @@ class Jit:
         return Compiled(captured, [i for i, flag in enumerate(flags) if flag], self.memory_budget)
 
 
-class Compiled:
-    """A captured function with its optimised graph and its program."""
-
-    def __init__(self, captured: Captured, donated: list[int], memory_budget: int | None):
-        graph = optimise(captured.graph)
-        self.out_tree: TreeSpec = captured.out_tree
-        self.writes = captured.writes
-        # What the function itself writes to can't be given away.
-        self.donated = [i for i in donated if i not in captured.writes]
-        calls = choose_products(graph.equations)
-        kernels = {eq: kernel for eq, kernel in claim(graph).items() if eq not in calls}
-        given = [graph.inputs[i] for i in self.donated]
-        if memory_budget is not None:
-
-            def copied(old: Equation, new: Equation) -> None:
-                for table in (kernels, calls):
-                    if old in table:
-                        table[new] = table[old]
-
-            graph = rematerialise(graph, lambda g: plan_memory(g, kernels, given), copied, memory_budget)
-        self.graph = graph
-        self.program = Program(graph, kernels, calls, given)
-
-    def __call__(self, tensors: list[torch.Tensor]) -> Any:
-        given = tensors
-        if self.donated and _overlapping(tensors, self.donated):
-            given = list(tensors)
-            for i in self.donated:
-                given[i] = tensors[i].clone(memory_format=torch.preserve_format)
-        flat = self.program(*given)
-        count = len(flat) - len(self.writes)
-        for i, new in zip(self.writes, flat[count:]):
-            with torch.no_grad():
-                tensors[i].copy_(new)
-        return tree_unflatten(flat[:count], self.out_tree)
-
-
 def jit(
     f: Callable | None = None, *, donate: tuple[int, ...] | int = (), memory_budget: int | str | None = None
 ) -> Any:
@@ -186,12 +142,3 @@ def _signature(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     return type(leaf), leaf
-
-
-def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
-    """Does a donated tensor share its memory with another argument?"""
-    seen = [t.untyped_storage().data_ptr() for t in tensors]
-    count: dict[int, int] = {}
-    for pointer in seen:
-        count[pointer] = count.get(pointer, 0) + 1
-    return any(count[seen[i]] > 1 and tensors[i].numel() for i in donated)

@@ -15,7 +15,7 @@ from ..errors import CaptureError
 from ..graph import Captured, Graph, capture
 from ..graph.ir import Value
 from ..graph.source import user_line
-from .jit import Compiled
+from .compiled import Compiled
 
 
 class Differentiable:
@@ -62,10 +62,9 @@ class Differentiable:
             return flat, pullback((gs, zeros))
 
         graph = capture(joint, tensors, cotangents).graph
-        forward, backward, kept = split(graph, graph.inputs[: len(tensors)], graph.outputs[: self.count])
+        forward, backward = split(graph, graph.inputs[: len(tensors)], graph.outputs[: self.count])
         self.forward = _compiled(forward, memory_budget)
         self.backward = _compiled(backward, memory_budget)
-        self.kept = len(kept)
 
 
 class Function(torch.autograd.Function):
@@ -93,9 +92,9 @@ class Function(torch.autograd.Function):
         return None, None, *result
 
 
-def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph, Graph, list[Value]]:
-    """A joint graph as forward, backward, and the values passed from one to the other (inputs of forward included).
-    Backward is what depends on an input that isn't among `primals`."""
+def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph, Graph]:
+    """A joint graph as forward, which returns after `outputs` the values that backward reads, and backward, which takes
+    those and then the other inputs. Backward is what depends on an input that isn't among `primals`."""
     late = set(graph.inputs) - set(primals)
     early_equations, late_equations = [], []
     for eq in graph.equations:
@@ -110,7 +109,7 @@ def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph
     forward = Graph(list(primals), graph.constants, early_equations, [*outputs, *kept])
     cotangents = [v for v in graph.inputs if v not in set(primals)]
     backward = Graph([*kept, *cotangents], graph.constants, late_equations, graph.outputs[len(outputs) :])
-    return forward, backward, kept
+    return forward, backward
 
 
 def _compiled(graph: Graph, memory_budget: int | None) -> Compiled:
