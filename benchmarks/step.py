@@ -4,9 +4,12 @@
 
 The step is forward, backward, clipping to global norm 1 and AdamW, float32, on the same weights and tokens. Times
 alternate in one process. The rest is taken in a fresh process each, with empty compiler caches: the first step, from
-building the model to its loss; the best step alone, with nobody else's settings or threads in the process; and the
-peak of memory during later steps, beyond that of the imported libraries. `ours, kernels built` has the once-per-machine choices and
-libraries of an earlier run, as every run but the first.
+the initialised model to its loss; the best step alone, with nobody else's settings or threads in the process; and the
+peak of memory during later steps, beyond that of importing the libraries. `ours, kernels built` has the
+once-per-machine choices and libraries of an earlier run, as every run but the first.
+
+On a busy machine, `taskset -c 0 python benchmarks/step.py` and the CPU times tell more: one core's CPU time hardly
+depends on the others' work.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.func import functional_call
 
 import neuralforge as nf
@@ -50,8 +55,8 @@ def tokens_for(config: ModelConfig, batch: int) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (batch, config.context + 1), generator=torch.Generator().manual_seed(1))
 
 
-def ours(config: ModelConfig, batch: int) -> Callable[[], float]:
-    model, tokens = build(config, 0), tokens_for(config, batch)
+def ours(model: nn.Module, config: ModelConfig, batch: int) -> Callable[[], float]:
+    tokens = tokens_for(config, batch)
     optimizer = nf.optim.adamw(LR, BETAS, EPS, DECAY)
 
     def loss_fn(params, tokens):
@@ -75,8 +80,8 @@ def ours(config: ModelConfig, batch: int) -> Callable[[], float]:
     return run
 
 
-def eager(config: ModelConfig, batch: int, compiled: bool = False) -> Callable[[], float]:
-    model, tokens = build(config, 0), tokens_for(config, batch)
+def eager(model: nn.Module, config: ModelConfig, batch: int, compiled: bool = False) -> Callable[[], float]:
+    tokens = tokens_for(config, batch)
     optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, DECAY, fused=True)
     forward = lambda: next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
     forward = torch.compile(forward) if compiled else forward
@@ -92,17 +97,17 @@ def eager(config: ModelConfig, batch: int, compiled: bool = False) -> Callable[[
     return run
 
 
-def with_jax(config: ModelConfig, batch: int) -> Callable[[], float]:
+def with_jax(model: nn.Module, config: ModelConfig, batch: int) -> Callable[[], float]:
     from jax_step import make_step  # beside this file
 
-    weights = {name: p.detach().numpy() for name, p in build(config, 0).named_parameters()}
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
     return make_step(config, weights, tokens_for(config, batch).numpy(), LR, BETAS, EPS, DECAY, CLIP)
 
 
-CANDIDATES: dict[str, Callable[[ModelConfig, int], Callable[[], float]]] = {
+CANDIDATES: dict[str, Callable[[nn.Module, ModelConfig, int], Callable[[], float]]] = {
     "ours": ours,
     "eager": eager,
-    "compile": lambda config, batch: eager(config, batch, compiled=True),
+    "compile": partial(eager, compiled=True),
     "jax": with_jax,
 }
 
@@ -117,19 +122,26 @@ def fresh(name: str, model: str, cache: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of the compilers it waited for."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
 def report_fresh(name: str, model: str) -> None:
     """Print seconds of the first step and of the best later one, and the bytes of memory they took, as JSON."""
     if name == "jax":
         importlib.import_module("jax_step")
     config, batch = MODELS[model]
     before = resident_bytes()
-    start = time.perf_counter()
-    run = CANDIDATES[name](config, batch)
+    model = [build(config, 0)]
+    start, cpu_start = time.perf_counter(), cpu_seconds()
+    run = CANDIDATES[name](model.pop(), config, batch)  # given away: JAX copies the weights
     run()
-    first = time.perf_counter() - start
+    first, first_cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
     reset_peak()  # the compiler's own memory is not the step's
     best = alternate({name: run}, rounds=5)[name].best
-    print(json.dumps({"first": first, "best": best, "peak": peak_resident_bytes() - before}))
+    print(json.dumps({"first": first, "first_cpu": first_cpu, "best": best, "peak": peak_resident_bytes() - before}))
 
 
 def main() -> None:
@@ -153,7 +165,7 @@ def main() -> None:
         f"{flops / 1e9:.0f} GFLOP a step; {cpu_model()}, {isa()}, {torch.get_num_threads()} threads, measured peak "
         f"{peak.value / 1e9:.0f} GFLOP/s"
     )
-    runs = {name: CANDIDATES[name](config, batch) for name in names}
+    runs = {name: CANDIDATES[name](build(config, 0), config, batch) for name in names}
     losses = {name: [run() for _ in range(3)] for name, run in runs.items()}
     for name, values in losses.items():
         console.print(f"losses of the first steps, {name}: " + ", ".join(f"{v:.4f}" for v in values))
@@ -169,11 +181,11 @@ def main() -> None:
             if "ours" in names:
                 again = fresh("ours", args.model, shared)
         columns["alone, best ms"] = {name: f"{f['best'] * 1e3:.0f}" for name, f in found.items()}
-        columns["first step s"] = {name: f"{f['first']:.1f}" for name, f in found.items()}
+        columns["first step s (CPU)"] = {name: f"{f['first']:.1f} ({f['first_cpu']:.1f})" for name, f in found.items()}
         columns["peak memory MB"] = {name: f"{f['peak'] / 1e6:.0f}" for name, f in found.items()}
     console.print(timing_table(timings, "whole training step", columns))
     if not args.no_fresh and "ours" in names:
-        console.print(f"ours, kernels built: first step {again['first']:.1f} s")
+        console.print(f"ours, kernels built: first step {again['first']:.1f} s ({again['first_cpu']:.1f} s of CPU time)")
 
 
 if __name__ == "__main__":
