@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     from ..models import generate
     from ..train import load_run
 
-    model, tokenizer, config = load_run(Path(given.get("out", "runs/default")))
+    model, tokenizer, config = load_run(Path(os.path.expanduser(given.get("out", "runs/default"))))
     own = config.sample
     if given.get("prompt") == "-":
         prompt = sys.stdin.buffer.read()

@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, 1)
+        close = difflib.get_close_matches(verb, [*VERBS, "--help", "--version"], 1)
         mean = f" Did you mean {close[0]}?" if close else ""
         print(paragraph(f"error: unknown verb {verb!r}; expected one of {', '.join(VERBS)}.{mean}"), file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import textwrap
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
         return
     values = [(SHORT.get(name, name), value) for name, value in flags if value is not None]
     config = configure(values, Config())
-    written = Path(config.train.out) / "config.toml"
+    written = Path(os.path.expanduser(config.train.out)) / "config.toml"
     if "resume" in switches and written.exists():
         run_there = set_key(load(written), "train.out", config.train.out)  # the folder may have been moved
         config = configure(values, run_there)
@@ -41,7 +42,7 @@ def configure(values: list[tuple[str, str]], base: Config) -> Config:
     """`base`, then the files named by --config, then the other flags."""
     for name, value in values:
         if name == "config":
-            base = load(Path(value), base)
+            base = load(Path(os.path.expanduser(value)), base)
     for name, value in values:
         if name != "config":
             base = set_key(base, name, value)

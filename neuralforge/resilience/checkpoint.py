@@ -101,7 +101,7 @@ def latest(root: Path) -> Path | None:
     found = checkpoints(root)
     try:
         newest = root / (root / LATEST).read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         newest = root
     if newest == root or not newest.is_dir():  # deleted by hand
         if not found:

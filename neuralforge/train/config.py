@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import tomllib
@@ -157,6 +158,10 @@ def resolve(config: Config) -> Config:
     _require(config.optimizer.clip_norm > 0, "optimizer", config.optimizer, "clip_norm", "a number above 0")
     _require(all(0 <= b < 1 for b in config.optimizer.betas), "optimizer", config.optimizer, "betas", "two in [0, 1)")
     _require(0 <= config.schedule.final <= 1, "schedule", config.schedule, "final", "a number in [0, 1]")
+    for section, key in (("data", "path"), ("data", "cache"), ("train", "out")):
+        path = getattr(getattr(config, section), key)
+        named = path is None or (path and not os.path.expanduser(path).startswith("~"))  # ~nobody stays as it is
+        _require(named, section, getattr(config, section), key, "a path; ~ or ~user is a home folder of this machine")
     warmup = config.schedule.warmup
     warmup = min(200, t.steps // 20) if warmup is None else warmup
     schedule = replace(config.schedule, warmup=warmup)
@@ -195,7 +200,7 @@ def _require(ok: bool, section: str, holder: Any, key: str, expected: str) -> No
 def load(path: Path, base: Config | None = None) -> Config:
     """The configuration in a TOML file, over `base` (the defaults). Raises ConfigError with file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         table = tomllib.loads(text)
     except FileNotFoundError as e:
         raise ConfigError(f"{path}: no such configuration file.") from e
@@ -292,7 +297,7 @@ def set_key(config: Config, key: str, text: str) -> Config:
 def _parse(text: str, hint: Any) -> Any:
     """A flag's text as a value of type `hint`; unchanged where it is none, for `_convert` to refuse."""
     options = _options(hint)
-    if type(None) in options and text.lower() in ("none", ""):
+    if type(None) in options and text.lower() == "none":
         return None
     if any(get_origin(o) is tuple for o in options):
         return [_parse(part, float) for part in text.strip("[]()").split(",")]

@@ -30,7 +30,7 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
 
     Ctrl-C finishes the step under way, saves and leaves. Raises NeuralForgeError for what the user can mend.
     """
-    out = Path(config.train.out)
+    out = Path(config.train.out).expanduser()
     if dry_run:
         return print_plan(config)
     start = checkpoint_to_resume(out, resume)

@@ -74,6 +74,9 @@ def test_version(capsys):
     "argv, message",
     [
         (["trian"], "unknown verb 'trian'; expected one of train, generate, doctor. Did you mean train?"),
+        (["--verson"], "unknown verb '--verson'; expected one of train, generate, doctor. Did you mean --version?"),
+        (["train", "--out="], "train.out=''; expected a path"),
+        (["train", "--data="], "data.path=''; expected a path"),
         (["train", "--train.step=3"], "unknown option --train.step. Did you mean --train.steps?"),
         (["train", "--train.lr=3"], "unknown option --train.lr. Did you mean --optimizer.lr?"),
         (["train", "steps=3"], "unexpected 'steps=3'; options are written --name=value."),

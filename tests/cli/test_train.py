@@ -125,6 +125,28 @@ def test_resume_finds_the_run_that_a_config_file_names_or_that_was_moved(text, t
     assert load_config(Path("runs/default/config.toml")).train.out == "runs/default"
 
 
+def test_a_tilde_is_the_home_folder(text, tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "run.toml").write_text("[train]\nsteps = 1\nout = '~/run'\n")
+    assert main(["train", *text, "--config=~/run.toml"]) == 0
+    assert main(["train", "--resume", "--steps=2", "--out=~/run"]) == 0
+    assert checkpoint(home / "run")[1]["step"] == 2 and not list(here.iterdir())
+    assert main(["generate", "--out=~/run", "--tokens=1"]) == 0
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_file_where_the_run_should_be(resume, text, tmp_path, capsys):
+    out = tmp_path / "notes.txt"
+    out.write_text("mine")
+    assert main(["train", *text, f"--out={out}", *resume]) == 2
+    assert main(["generate", f"--out={out}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 2 and out.read_text() == "mine"
+
+
 def test_dry_run_writes_nothing(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", *text, "--dry-run", f"--out={out}"]) == 0

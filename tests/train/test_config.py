@@ -154,6 +154,15 @@ def test_model_config_carries_every_wish():
     assert config.model_config().vocab_size == config.data.vocab_size
 
 
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes("[train]\r\nsteps = 7\r\n".encode("utf-8-sig"))
+    assert load(path).train.steps == 7
+    path.write_bytes("[train]\r\nsteps = 7\r\nlr = 1\r\n".encode("utf-8-sig"))
+    with pytest.raises(ConfigError, match=r"run\.toml:3: unknown key train\.lr"):
+        load(path)
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(ConfigError, match="no such configuration file"):
         load(tmp_path / "none.toml")
@@ -171,6 +180,7 @@ def test_no_such_file(tmp_path):
         ("optimizer.lr", "nan", "expected a number"),
         ("optimizer.betas", "0.9,x", "expected a number"),
         ("model.tie_embeddings", "maybe", "expected true or false"),
+        ("sample.top_k", "", r"--sample\.top_k=''; expected a whole number or none"),
     ],
 )
 def test_errors_in_flags(key, text, message):
@@ -191,6 +201,9 @@ def test_errors_in_flags(key, text, message):
         ("train.seed", str(2**63), r"train\.seed=9223372036854775808; expected a whole number in \[0, 2\*\*63\)"),
         ("train.seed", "-1", r"train\.seed=-1; expected"),
         ("sample.prompt", "", r"sample\.prompt=''; expected at least one character"),
+        ("data.path", "", r"data\.path=''; expected a path"),
+        ("data.cache", "", r"data\.cache=''; expected a path"),
+        ("train.out", "~nobody-of-that-name/x", r"train\.out='~nobody-of-that-name/x'; expected a path; ~ or ~user is"),
         ("optimizer.betas", "0.9,1", r"optimizer\.betas=\(0\.9, 1\.0\); expected two in \[0, 1\)"),
         ("model.n_kv_heads", "2", r"model\.n_kv_heads=2 with model\.n_heads=4, kind gpt2; expected the same number"),
     ],
