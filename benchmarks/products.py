@@ -1,11 +1,12 @@
 """The matrix products of a training step, by every call that PyTorch has for them.
 
-    python benchmarks/products.py [--model gpt2|llama] [--rounds 20] [--threads 1] [--prepacked]
+    python benchmarks/products.py [--model gpt2|llama] [--rounds 20] [--threads 1] [--prepacked] [--fresh-pages]
 
 For each linear layer y = x w^T (+ bias) of the model: the forward product (x: M x K, w: N x K), dx = g w and
 dw = g^T x, float32. aten is MKL (torch.mm, torch.addmm, with and without out=), linear is oneDNN's inner product
 (torch.ops.mkldnn._linear_pointwise, which has no out= form); its operands are strided views unless "copied" says that
-a transposed copy is made within the call. Calls alternate; each is checked against the others. On a busy machine
+a transposed copy is made within the call. Calls alternate; each is checked against the others. malloc
+keeps freed pages, as under nf.jit; --fresh-pages leaves it alone. On a busy machine
 --threads=1 says more: one thread's CPU time hardly depends on the others' work.
 """
 
@@ -21,6 +22,7 @@ from step import MODELS  # beside this file
 
 from neuralforge.bench import alternate, peak_flops, timing_table
 from neuralforge.kernels.toolchain import cpu_model, isa
+from neuralforge.memory import keep_pages
 from neuralforge.models import ModelConfig
 
 
@@ -84,7 +86,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prepacked", action="store_true", help="with weights packed beforehand, as inference has them")
+    parser.add_argument("--fresh-pages", action="store_true", help="new memory for each result, page faults included")
     args = parser.parse_args()
+    if not args.fresh_pages:
+        keep_pages()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config, batch = MODELS[args.model]
