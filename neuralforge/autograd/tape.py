@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,24 +24,22 @@ from ..graph.tracer import Tracer
 from .rules.table import Joint, find_definition, find_rule
 
 _order = itertools.count()
+_NOTHING = nullcontext()
 
 
 class Node:
     """One operator's place on the tape. `edges` lead to its arguments: (parent, vjp, like), each of parent and like
     being a list where the argument is a list of tensors. A watched input is a node without edges. `results` counts
-    the tensors returned; None: one, by itself."""
+    the tensors returned; None: one, by itself. `op` is an operator or a name."""
 
-    __slots__ = ("order", "edges", "results", "name", "source")
+    __slots__ = ("order", "edges", "results", "op", "source")
 
-    def __init__(self, edges: list | None, results: int | None, name: str):
+    def __init__(self, edges: list | None, results: int | None, op: Any):
         self.order = next(_order)
         self.edges = edges
         self.results = results
-        self.name = name
+        self.op = op
         self.source = source.user_line() if source.capturing else ""
-
-    def __lt__(self, other: Node) -> bool:
-        return self.order > other.order  # the heap gives the latest node first
 
 
 class Tape(Tracer):
@@ -53,27 +52,32 @@ class Tape(Tracer):
         return alias
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        key = self.key
-        parents = [_parents(a, key) for a in args]
+        key, tracked = self.key, False
+        parents = []
+        for a in args:
+            parent = a.__dict__.get(key) if isinstance(a, torch.Tensor) else _parents(a, key)
+            parents.append(parent)
+            if parent is not None:
+                tracked = True
         in_kwargs = any(_parents(v, key) for v in kwargs.values()) if kwargs else False
-        if not in_kwargs and not any(parents):
+        if not tracked and not in_kwargs:
             return func(*args, **kwargs)
         found = find_rule(func)
         if found is None or in_kwargs:
             return self._descend(func, args, kwargs)
         out = func(*args, **kwargs)
-        results = (out,) if isinstance(out, torch.Tensor) else out
-        if not any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):
+        single = isinstance(out, torch.Tensor)
+        places = [r for r in enumerate((out,) if single else out) if _differentiable(r[1])]
+        if not places:
             return out
         derivatives = found.derivatives(out, *args, **kwargs)
         if derivatives is None:
             return out
         edges = _edges(func, derivatives, args, parents)
         if edges:
-            node = Node(edges, None if results[0] is out else len(results), op_name(func))
-            for i, r in enumerate(results):
-                if isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()):
-                    r.__dict__[key] = (node, i)
+            node = Node(edges, None if single else len(out), func)
+            for i, r in places:
+                r.__dict__[key] = (node, i)
         return out
 
     def attach(self, outputs: Sequence[Any], inputs: Sequence[Any], vjp: Callable[[list], Sequence], name: str) -> list:
@@ -92,7 +96,7 @@ class Tape(Tracer):
             if isinstance(x, torch.Tensor):
                 with self.paused():
                     x = torch.ops.aten.alias.default(x)  # an output may be an input, which has its own place
-                if at and (x.is_floating_point() or x.is_complex()):
+                if at and _differentiable(x):
                     x.__dict__[self.key] = (node, i)
             attached.append(x)
         return attached
@@ -101,8 +105,7 @@ class Tape(Tracer):
         found = find_definition(func)
         if found is None:
             out = func(*args, **kwargs)
-            results = out if isinstance(out, (tuple, list)) else (out,)
-            if any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):
+            if any(_differentiable(r) for r in (out if isinstance(out, (tuple, list)) else (out,))):
                 raise missing_rule(func)
             return out
         return descend(self, func, found, args, kwargs)
@@ -117,14 +120,14 @@ class Tape(Tracer):
         """Cotangents of the watched `inputs`, given those of the `outputs`; None where nothing arrives. The tape is
         consumed unless `keep`."""
         pending: dict[Node, list] = {}
-        heap: list[Node] = []
+        heap: list[tuple[int, Node]] = []  # the latest first
 
         def arrive(at: tuple[Node, int], g: torch.Tensor) -> None:
             node, index = at
             slots = pending.get(node)
             if slots is None:
                 slots = pending[node] = [None] * (node.results or 1)
-                heapq.heappush(heap, node)
+                heapq.heappush(heap, (-node.order, node))
             slots[index] = g if slots[index] is None else slots[index] + g
 
         for out, g in zip(outputs, cotangents):
@@ -135,7 +138,7 @@ class Tape(Tracer):
         wanted = {self.node(x)[0]: i for i, x in enumerate(inputs)}
         found: list[torch.Tensor | None] = [None] * len(inputs)
         while heap:
-            node = heapq.heappop(heap)
+            node = heapq.heappop(heap)[1]
             slots = pending.pop(node)
             if node in wanted:
                 found[wanted[node]] = slots[0]
@@ -150,7 +153,7 @@ class Tape(Tracer):
             edges = node.edges
             if not keep:
                 node.edges = None
-            with source.attributed(node.source, f"vjp of {node.name}"):
+            with source.attributed(node.source, f"vjp of {op_name(node.op)}") if source.capturing else _NOTHING:
                 while edges:
                     parent, vjp, like = edges[-1]
                     edges = edges[:-1]
@@ -239,6 +242,10 @@ def _edges(func: Any, derivatives: Any, args: tuple, parents: list) -> list[tupl
             like = [_like(a) for a in args[i]] if isinstance(parent, list) else _like(args[i])
             edges.append((parent, derivatives[i].vjp, like))
     return edges
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
 
 
 def _like(x: Any) -> Any:
