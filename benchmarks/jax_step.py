@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 
-def make_step(config: Any, weights: dict, tokens: Any, lr, betas, eps, decay, clip) -> Callable[[], float]:
-    c = config
+def make_loss(c: Any) -> Callable[[dict, Any], Any]:
+    """loss(weights by name, tokens [B, T + 1])."""
 
     def norm(p, name, x):
         if c.kind == "llama":
@@ -61,6 +61,11 @@ def make_step(config: Any, weights: dict, tokens: Any, lr, betas, eps, decay, cl
         logits = norm(p, "norm", x) @ p["head.weight"].T
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
+    return loss_fn
+
+
+def make_step(config: Any, weights: dict, tokens: Any, lr, betas, eps, decay, clip) -> Callable[[], float]:
+    loss_fn = make_loss(config)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip), optax.adamw(lr, betas[0], betas[1], eps, weight_decay=decay)
     )

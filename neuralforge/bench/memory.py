@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -21,6 +25,19 @@ def peak_resident_bytes() -> int:
 def reset_peak() -> None:
     """Start measuring the peak anew."""
     _CLEAR.write_text("5")
+
+
+def peak_tensor_bytes(f: Callable[[], Any]) -> int:
+    """The most that the tensors which `f()` makes hold at once, in bytes of CPU memory as PyTorch's allocator counts
+    it: the same on every run and whatever malloc does with freed pages. Scratch memory within kernels isn't in it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        f()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def _field(name: str) -> int:

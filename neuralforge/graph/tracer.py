@@ -100,7 +100,9 @@ class Tracer(TorchDispatchMode):
         out = self.record(func, args, kwargs)
         if isinstance(out, torch.Tensor):
             if self._made not in out.__dict__:
-                out.__dict__[self._made] = Link(args[0], func, args[1:], kwargs, None) if traits.is_view else None
+                # lift_fresh hands back the new tensor that torch.tensor gives it, of which nobody else knows
+                is_view = traits.is_view and func is not aten.lift_fresh.default
+                out.__dict__[self._made] = Link(args[0], func, args[1:], kwargs, None) if is_view else None
         elif isinstance(out, (tuple, list)):
             for i, item in enumerate(out):
                 if isinstance(item, torch.Tensor) and self._made not in item.__dict__:

@@ -84,3 +84,18 @@ def test_comparing_values_is_refused():
 def test_sparse_tensors_are_refused():
     with pytest.raises(CaptureError, match="torch.sparse_csr"):
         capture(lambda x: x + x, torch.eye(3).to_sparse_csr())
+
+
+def test_writes_beside_tensors_made_from_numbers():
+    """torch.tensor hands its new tensor to lift_fresh, a view operator that returns its own argument. It belongs to
+    the function, which may write to it."""
+
+    def f(x):
+        index = torch.tensor([0, 2])
+        y = x * 2
+        y[0] = 5
+        index += 1
+        return y[index - 1]
+
+    x = torch.arange(3.0)
+    assert traced(f, x).tolist() == [5, 4] and capture(f, x).graph(x)[0].tolist() == [5, 4]
