@@ -8,10 +8,11 @@ SIZE = 64 << 20
 
 
 def test_the_peak_outlives_what_made_it_until_it_is_reset():
+    ones = b"\1" * SIZE
     reset_peak()
     before = resident_bytes()
     with mmap.mmap(-1, SIZE) as block:  # not malloc, which may keep what is freed
-        block.write(b"\1" * SIZE)
+        block.write(ones)
         assert resident_bytes() - before > 0.9 * SIZE
     assert peak_resident_bytes() - before > 0.9 * SIZE
     reset_peak()
