@@ -86,7 +86,8 @@ def _caller(function: Any, layouts: list[Layout], group: Fused) -> Callable[[tup
         read += [len(group.graph.inputs) + group.graph.outputs.index(v) for v in (*layout.outputs, *layout.sums)]
     sizes, count = (ctypes.c_long * len(numbers))(*numbers), len(layouts)
     pointers = ctypes.c_void_p * len(read)
-    function.argtypes, function.restype = [pointers, ctypes.c_void_p, ctypes.c_long], None
+    # c_void_p, which takes any array: groups of another number of parts may share the function
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
     expected = [(tuple(v.shape), tuple(v.strides)) for v in group.graph.inputs]
     checked = False
 
