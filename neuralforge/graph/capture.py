@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..errors import CaptureError
 from . import source
 from .ir import Equation, Graph, Value, map_tree
 from .source import origin, user_line
-from .tracer import Tracer
+from .tracer import Tracer, operator_traits
 
 _BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
 
@@ -37,15 +38,79 @@ class Captured:
     """Positions, among the graph's inputs, of the arguments written in place."""
 
 
+class _Uncached(Exception):
+    """An argument that isn't described by its type alone."""
+
+
 class FakeMode(FakeTensorMode):
-    """PyTorch's fake tensors, without the wrapper that imports torch._dynamo (0.9 s) at the first operator."""
+    """PyTorch's fake tensors, without the wrapper that imports torch._dynamo (0.9 s) at the first operator, and with a
+    cache of its own: PyTorch's, which serves symbolic shapes too, takes most of the time of a capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple, tuple] = {}  # operator and argument types -> how to make the results
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.dispatch(func, types, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func.namespace != "aten" or not operator_traits(func).pure or self.in_kernel_invocation:
+            return self.dispatch(func, types, args, kwargs)
+        try:
+            key = (func, torch.get_default_dtype(), self._type(args), self._type(tuple(kwargs.items())))
+            known = self._seen.get(key)
+        except (_Uncached, TypeError):  # TypeError: an argument that can't be hashed
+            return self.dispatch(func, types, args, kwargs)
+        if known is None:
+            out = self.dispatch(func, types, args, kwargs)
+            self._remember(key, args, out)
+            return out
+        kind, storage_of_first, results = known
+        storage = args[0].untyped_storage() if storage_of_first else None
+        made = [self._make(storage, *r) for r in results]
+        return made[0] if kind is None else kind(made)
+
+    def _type(self, x: Any) -> tuple:
+        """Of an argument, all that the results' shapes, strides and dtypes can depend on."""
+        if isinstance(x, torch.Tensor):
+            if not self._plain(x):
+                raise _Uncached
+            return x.shape, x.stride(), x.storage_offset(), x.dtype, x.device
+        if isinstance(x, (list, tuple)):
+            return type(x), *map(self._type, x)
+        return type(x), x
+
+    def _plain(self, x: Any) -> bool:
+        known = type(x) is FakeTensor and x.fake_mode is self and x.constant is None
+        return known and x.layout == torch.strided and not x.dtype.is_complex  # complex: lazy conjugates
+
+    def _remember(self, key: tuple, args: tuple, out: Any) -> None:
+        """Keep the types of results that are all new, or all views of the first argument."""
+        results = out if isinstance(out, (list, tuple)) else (out,)
+        if not all(map(self._plain, results)):
+            return
+        given: list[int] = []
+        map_tree(lambda x: given.append(_storage(x)) if isinstance(x, torch.Tensor) else None, args)
+        shared = [_storage(r) in given for r in results]
+        of_first = all(shared) and isinstance(args[0], torch.Tensor) and all(_storage(r) == given[0] for r in results)
+        if of_first or not any(shared) and not any(r.storage_offset() for r in results):
+            types = [(r.shape, r.stride(), r.storage_offset(), r.dtype, r.device) for r in results]
+            kind = None if results is not out else list if isinstance(out, list) else tuple
+            self._seen[key] = kind, of_first, types
+
+    def _make(self, storage: Any, shape: Any, strides: Any, offset: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        with torch._C._DisableTorchDispatch():
+            if storage is None:
+                meta = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+            else:
+                meta = torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, shape, strides)
+        return FakeTensor(self, meta, device)
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 class Capture(Tracer):
@@ -67,7 +132,7 @@ class Capture(Tracer):
         return value.fake
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func.overloadpacket in _BY_STORAGE and self._storage(args[0]) in self._partial:
+        if func.overloadpacket in _BY_STORAGE and _storage(args[0]) in self._partial:
             raise CaptureError(
                 f"{user_line()}: {func} reads the memory around a tensor that is itself a part of a larger one, which a "
                 f"graph doesn't see. Use slicing, unfold or diagonal, or pass the larger tensor."
@@ -110,12 +175,8 @@ class Capture(Tracer):
         with _disable_current_modes(), self.fake_mode:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         if x.untyped_storage().nbytes() != fake.untyped_storage().nbytes():
-            self._partial.add(self._storage(fake))
+            self._partial.add(_storage(fake))
         return fake
-
-    @staticmethod
-    def _storage(x: torch.Tensor) -> int:
-        return x.untyped_storage()._cdata
 
     def _new(self, fake: torch.Tensor) -> Value:
         value = Value(f"v{next(self._names)}", fake)
@@ -136,10 +197,14 @@ def capture(f: Callable, *args: Any) -> Captured:
     leaves, tree = tree_flatten(args)
     mode = Capture()
     source.capturing += 1
+    collects = gc.isenabled()
+    gc.disable()  # going through every object of torch's again and again would be a third of the time
     try:
         return _capture(f, mode, leaves, tree)
     finally:
         source.capturing -= 1
+        if collects:
+            gc.enable()
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:

@@ -230,6 +230,11 @@ class Traits:
     makes_complex: bool
     """It may give complex results from real arguments."""
 
+    @property
+    def pure(self) -> bool:
+        """It computes tensors, by itself, and writes to none."""
+        return not (self.written or self.passive or self.composite)
+
 
 @cache
 def operator_traits(func: Any) -> Traits:

@@ -1,11 +1,17 @@
 """Capture: what a graph holds, purity, and errors that name the user's line."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import neuralforge as nf
 from neuralforge.errors import CaptureError
 from neuralforge.graph import capture, verify
+from neuralforge.graph.ir import substitute
+from neuralforge.models import ModelConfig, build, next_token_loss
 
 
 def check(f, *args):
@@ -150,3 +156,39 @@ def test_write_to_a_captured_constant():
 def test_refused_in_place_operator():
     with pytest.raises(CaptureError, match="changes a tensor's shape in place"):
         capture(lambda x: (x * 1).t_(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_types_are_those_that_pytorch_itself_infers(kind):
+    """The types of a whole training graph, most of them out of the cache, against fresh fake tensors."""
+    config = ModelConfig(kind, 50, 16, 32, 3, 4, 4, 48)
+    model = build(config)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+
+    def loss(p, tokens):
+        return next_token_loss(torch.func.functional_call(model, p, (tokens[:, :-1],)), tokens[:, 1:])
+
+    graph = capture(nf.value_and_grad(loss), params, tokens).graph
+    mode, plain = FakeTensorMode(), {}
+    with mode:
+        for v in (*graph.inputs, *graph.constants):
+            plain[v] = torch.empty_strided(v.shape, v.strides, dtype=v.dtype)
+        for eq in graph.equations:
+            out = eq.op(*substitute(eq.args, plain), **substitute(eq.kwargs, plain))
+            for v, x in zip(eq.results, out if isinstance(out, (tuple, list)) else [out]):
+                plain[v] = x
+                assert (x.shape, x.stride(), x.storage_offset(), x.dtype) == (
+                    v.shape, v.strides, v.fake.storage_offset(), v.dtype,
+                ), eq  # fmt: skip
+    pairs = {(x.untyped_storage()._cdata, v.fake.untyped_storage()._cdata) for v, x in plain.items()}
+    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}), "the same tensors share memory"
+
+
+def test_the_collector_is_left_as_it_was():
+    seen = []
+    capture(lambda x: seen.append(gc.isenabled()) or x, torch.ones(2))
+    assert seen == [False] and gc.isenabled()
+    with pytest.raises(CaptureError):
+        capture(lambda x: x if x.sum() > 0 else -x, torch.ones(2))
+    assert gc.isenabled()
