@@ -55,6 +55,7 @@ OPERATIONS = 400
 GPT = ModelConfig("gpt2", 50304, 1024, 1600, 48, 25, 25, 6400, tie_embeddings=False)
 LLAMA = ModelConfig("llama", 32000, 2048, 4096, 32, 32, 32, 11008, tie_embeddings=False)
 EAGER = {**MODELS, "gpt2, dropout 0.1": (dataclasses.replace(MODELS["gpt2"][0], dropout=0.1), MODELS["gpt2"][1])}
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 HAVE_JAX = importlib.util.find_spec("jax") is not None
 
 
@@ -126,20 +127,23 @@ def captures(config: ModelConfig) -> dict[str, Callable[[], int]]:
         "make_fx, torch.func": lambda: fx(torch.func.grad_and_value(loss)),
     }
     if HAVE_JAX:
-        import jax
-        from jax_step import make_loss
-
-        shapes = {name: jax.ShapeDtypeStruct(p.shape, "float32") for name, p in params.items()}
-        calls["jax.make_jaxpr"] = lambda: len(
-            jax.make_jaxpr(jax.value_and_grad(make_loss(config)))(
-                shapes, jax.ShapeDtypeStruct(tokens.shape, "int32")
-            ).eqns
-        )
+        calls["jax.make_jaxpr"] = lambda: with_jax(config, {n: tuple(p.shape) for n, p in params.items()}, tokens.shape)
     return calls
+
+
+def with_jax(config: ModelConfig, shapes: dict[str, tuple], tokens: tuple) -> int:
+    import jax
+    from jax_step import make_loss  # beside this file
+
+    weights = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    f = jax.value_and_grad(make_loss(config))
+    return len(jax.make_jaxpr(f)(weights, jax.ShapeDtypeStruct(tokens, "int32")).eqns)
 
 
 def report_capture(name: str) -> None:
     """Print what the first capture of the 7 B Llama took in this process."""
+    if name == "jax.make_jaxpr":
+        importlib.import_module("jax_step")
     before = resident_bytes()
     reset_peak()
     start, cpu = time.perf_counter(), time.process_time()
@@ -168,11 +172,10 @@ def report_memory(name: str, model: str) -> None:
     print(json.dumps({"resident": resident, "tensors": peak_tensor_bytes(lambda: f(params, tokens))}))
 
 
-def fresh(*arguments: str) -> dict[str, float]:
-    """What a report printed in a process of its own, whose malloc hands freed memory back at once."""
-    tell = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+def fresh(*arguments: str, **environment: str) -> dict[str, float]:
+    """What a report printed in a process of its own."""
     command = [sys.executable, __file__, "--fresh", *arguments]
-    done = subprocess.run(command, env={**os.environ, **tell}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{arguments} failed in a fresh process:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -222,7 +225,7 @@ def main() -> None:
         rows = []
         for model in EAGER:
             for name in ("nf.value_and_grad", "torch.autograd"):
-                r = fresh(name, model)
+                r = fresh(name, model, **FREE_AT_ONCE)
                 rows.append([model, name, f"{r['tensors'] / 1e6:.1f}", f"{r['resident'] / 1e6:.1f}"])
         title = "peak memory of an eager value and gradient, beyond weights and tokens"
         console.print(table(title, ["", "", "tensors MB", "resident MB"], rows))
