@@ -54,25 +54,29 @@ def masked_fill(y, x, mask, value):
 @rule("maximum", "fmax")
 def maximum(y, a, b):
     # Equal arguments share the derivative, as in PyTorch.
-    return diagonal(lambda: _share(a > b, a == b, y)), diagonal(lambda: _share(b > a, a == b, y))
+    dtype = y.dtype
+    return diagonal(lambda: _share(a > b, a == b, dtype)), diagonal(lambda: _share(b > a, a == b, dtype))
 
 
 @rule("minimum", "fmin")
 def minimum(y, a, b):
-    return diagonal(lambda: _share(a < b, a == b, y)), diagonal(lambda: _share(b < a, a == b, y))
+    dtype = y.dtype
+    return diagonal(lambda: _share(a < b, a == b, dtype)), diagonal(lambda: _share(b < a, a == b, dtype))
 
 
-def _share(wins, ties, like):
-    return wins.to(like.dtype) + ties.to(like.dtype) / 2
+def _share(wins, ties, dtype):
+    return wins.to(dtype) + ties.to(dtype) / 2
 
 
 @rule("clamp", "clamp.Tensor")
 def clamp(y, x, low=None, high=None):
-    def inside():
-        keep = torch.ones_like(y, dtype=torch.bool)
-        keep = keep if low is None else keep & (x >= low)
-        return (keep if high is None else keep & (x <= high)).to(y.dtype)
+    shape, dtype, device = y.shape, y.dtype, y.device
 
-    at_low = diagonal(lambda: ((x < low) & (True if high is None else low < high)).to(y.dtype))
-    at_high = diagonal(lambda: ((x > high) | (False if low is None else low > high)).to(y.dtype))
+    def inside():
+        keep = torch.ones(shape, dtype=torch.bool, device=device)
+        keep = keep if low is None else keep & (x >= low)
+        return (keep if high is None else keep & (x <= high)).to(dtype)
+
+    at_low = diagonal(lambda: ((x < low) & (True if high is None else low < high)).to(dtype))
+    at_high = diagonal(lambda: ((x > high) | (False if low is None else low > high)).to(dtype))
     return diagonal(inside), at_low, at_high
