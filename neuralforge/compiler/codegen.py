@@ -1,9 +1,10 @@
 """C for fused groups.
 
-A kernel runs over the group's elements in the order they lie in the outputs' memory. Neighbouring dimensions are
-merged where every operand allows it, so most groups have one or two left. The innermost is cut into vectors; the
-others and blocks of the innermost are shared out among the threads. Sums are taken block by block and added up in
-order, so they don't depend on the number of threads.
+A kernel runs over the group's elements in the order they lie in memory. Neighbouring dimensions are merged where every
+operand allows it, so most groups have one or two left. The innermost is cut into vectors. Threads share tasks: blocks
+of the innermost dimension, or several rows of it if it is short; a group that reduces or normalises rows takes whole
+rows, with one loop over the row for each step (`layout.py`). Sums are taken task by task and added up in order, so
+they don't depend on the number of threads.
 
 Sizes and outer strides are parameters: groups that differ in nothing else share one function.
 """
@@ -12,79 +13,59 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..graph.ir import Graph, Value
 from ..kernels.native import prelude
 from ..kernels.toolchain import load_many
 from .fuse import Fused
-from .pointwise import LETTERS, constant, expression
+from .layout import Layout, Loop, Node
+from .pointwise import STORED
 
 BLOCK = 4096
-"""Elements of the innermost dimension that a thread takes at once."""
+"""Elements that a task takes of the innermost dimension at once."""
 SERIAL = 32768
 """Elements below which a kernel runs on one thread."""
+COLUMN_TASKS = 32
+"""The most tasks of a kernel that sums columns, each of which has a row of partial sums."""
+C_TYPE = {"f": "float", "d": "double", "l": "long", "b": "unsigned char"}
 FILES = 4
 """Files that the kernels of one program are spread over, to compile side by side."""
-LANES = {"f": "float", "d": "double", "l": "long", "b": "unsigned char"}
-aten = torch.ops.aten
-
-
-class Layout:
-    """A group's iteration space: merged dimensions, outermost first, and each operand's strides in them (elements)."""
-
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.inputs = graph.inputs
-        self.sums = [v for eq in graph.equations if eq.op is aten.sum.default for v in eq.results if v in graph.outputs]
-        self.outputs = [v for v in graph.outputs if v not in self.sums]
-        first = graph.equations[0]
-        over = first.args[0] if first.op is aten.sum.default else first.outputs
-        shape = tuple(over.shape)
-        order = sorted((i for i, n in enumerate(shape) if n != 1), key=lambda i: -over.strides[i])
-        strides = {v: _broadcast_strides(v, shape) for v in (*self.inputs, *self.outputs)}
-        dims: list[tuple[int, dict[Value, int]]] = []
-        for i in order:
-            step = {v: s[i] for v, s in strides.items()}
-            if dims and all(dims[-1][1][v] == step[v] * shape[i] for v in step):
-                dims[-1] = dims[-1][0] * shape[i], step
-            else:
-                dims.append((shape[i], step))
-        self.sizes = [n for n, _ in dims] or [1]
-        self.strides = {v: [step[v] for _, step in dims] or [0] for v in strides}
-
-    def inner(self, v: Value) -> int:
-        """Stride of the innermost dimension: 0 broadcast, 1 contiguous, 2 for any other."""
-        return min(abs(self.strides[v][-1]), 2)
 
 
 def build(groups: list[Fused]) -> dict[Fused, Callable[[tuple, tuple, dict], None]]:
     """Native code for `groups`: for each, `run(outputs, inputs, kwargs)` that fills preallocated outputs. Raises
     KernelError as the toolchain does."""
-    layouts = {group: [Layout(part) for part in group.parts] for group in groups}
     bodies: dict[str, str] = {}  # text of a function -> its name
-    name_of = {group: bodies.setdefault(source(layouts[group][0]), f"kernel{len(bodies)}") for group in groups}
+    name_of = {group: bodies.setdefault(source(group.layouts[0]), f"kernel{len(bodies)}") for group in groups}
     files: list[list[str]] = [[] for _ in range(min(FILES, len(bodies)))]
     for n, (text, name) in enumerate(bodies.items()):
         files[n % len(files)].append(text.replace("KERNEL", name))
-    libraries = load_many([(prelude() + "\n".join(file), "fused") for file in files])
+    libraries = load_many([(prelude() + _vector_math() + "\n".join(file), "fused") for file in files])
     where = {name: libraries[n % len(files)] for n, name in enumerate(bodies.values())}
-    return {group: _caller(getattr(where[name_of[group]], name_of[group]), layouts[group], group) for group in groups}
+    return {group: _caller(getattr(where[name_of[group]], name_of[group]), group) for group in groups}
 
 
-def _caller(function: Any, layouts: list[Layout], group: Fused) -> Callable[[tuple, tuple, dict], None]:
+@cache
+def _vector_math() -> str:
+    return Path(__file__).with_name("vector_math.h").read_text()
+
+
+def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]:
     """Bind a C function to the sizes and strides of a group's parts."""
     numbers: list[int] = []
     read: list[int] = []  # which argument, or which result, each pointer is
-    for layout in layouts:
+    inputs_at = {v: i for i, v in enumerate(group.graph.inputs)}
+    outputs_at = {v: len(inputs_at) + i for i, v in enumerate(group.graph.outputs)}
+    for layout in group.layouts:
         numbers += layout.sizes
-        for v in (*layout.inputs, *layout.outputs):
-            numbers += layout.strides[v][:-1] if layout.inner(v) < 2 else layout.strides[v]
-        read += [group.graph.inputs.index(v) for v in layout.inputs]
-        read += [len(group.graph.inputs) + group.graph.outputs.index(v) for v in (*layout.outputs, *layout.sums)]
-    sizes, count = (ctypes.c_long * len(numbers))(*numbers), len(layouts)
+        for strides in _placed(layout):
+            numbers += strides[:-1] if layout.inner(strides) < 2 else strides
+        read += [inputs_at[v] for v, _ in layout.operands] + [outputs_at[r.value] for r in layout.results]
+    sizes, count = (ctypes.c_long * len(numbers))(*numbers), len(group.layouts)
     pointers = ctypes.c_void_p * len(read)
     # c_void_p, which takes any array: groups of another number of parts may share the function
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
@@ -106,111 +87,244 @@ def _caller(function: Any, layouts: list[Layout], group: Fused) -> Callable[[tup
     return run
 
 
+def _placed(layout: Layout) -> list[tuple[int, ...]]:
+    """Strides of everything that has a place in the iteration space: operands, then results that aren't sums."""
+    return [s for _, s in layout.operands] + [r.strides for r in layout.results if r.kind in ("full", "row")]
+
+
 def source(layout: Layout) -> str:
     """The C function for groups laid out like this one, named KERNEL; it takes several, one after the other in
-    `pointers` and `sizes`, and shares all their blocks out among the threads together."""
-    names = {v: f"x{i}" for i, v in enumerate(layout.inputs)}
-    names.update((v, f"y{i}") for i, v in enumerate(layout.outputs))
-    operands = [*layout.inputs, *layout.outputs]
-    depth = len(layout.sizes)
-    last = depth - 1
-    letter = {v: LETTERS[v.dtype] for v in (*operands, *layout.sums)}
-    outer = "".join(f" * sizes[{k}]" for k in range(last))
+    `all_pointers` and `all_sizes`, and shares all their tasks out among the threads together."""
+    return _Writer(layout).function()
 
-    head = [f"long n{k} = sizes[{k}];" for k in range(depth)]
-    number = depth
-    place = [f"long i{k} = rest % n{k}; rest /= n{k};" for k in reversed(range(last))]  # where the block begins
-    for i, v in enumerate(operands):
-        steps = last if layout.inner(v) < 2 else depth
-        head += [f"long {names[v]}_{k} = sizes[{number + k}];" for k in range(steps)]
-        number += steps
-        offset = "".join(f" + i{k} * {names[v]}_{k}" for k in range(last))
-        offset += {0: "", 1: " + begin", 2: f" + begin * {names[v]}_{last}"}[layout.inner(v)]
-        place.append(f"{LANES[letter[v]]} *{names[v]} = ({LANES[letter[v]]} *)pointers[{i}]{offset};")
-    place += [f"{letter[v]} {names[v]}v = SET_ALL_{letter[v]}(*{names[v]});" for v in layout.inputs if layout.inner(v) == 0]
-    place += [f"{letter[v]} total{i} = {{}};" for i, v in enumerate(layout.sums)]
-    after = [
-        f"double sum{i} = 0; for (int j = 0; j < L; j++) sum{i} += total{i}[j]; partial[global * {len(layout.sums)} + {i}] = sum{i};"
-        for i in range(len(layout.sums))
-    ]
-    end = [
-        f"{{ double all = 0; for (long t = start[part]; t < start[part + 1]; t++) all += partial[t * {len(layout.sums)} + {i}];"
-        f" *({LANES[letter[v]]} *)all_pointers[part * {len(operands) + len(layout.sums)} + {len(operands) + i}] = all; }}"
-        for i, v in enumerate(layout.sums)
-    ]
-    whole, some = (_body(layout, names, tail) for tail in (False, True))
-    line = "\n        "
-    return f"""
+
+class _Writer:
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.last = len(layout.sizes) - 1
+        self.pointers = len(layout.operands) + len(layout.results)
+        self.totals = [r for r in layout.results if r.kind == "all"]
+        self.columns = [r for r in layout.results if r.kind == "column"]
+        self.name = {id(r): f"y{i}" for i, r in enumerate(layout.results)}
+
+    def function(self) -> str:
+        layout, last = self.layout, self.last
+        head, place = self._parameters()
+        start = self._start_of_row()
+        totals = len(self.totals)
+        before = [f"double total{i} = 0;" for i in range(totals)]
+        for i, r in enumerate(self.columns):
+            c = C_TYPE[r.node.t]
+            before.append(f"{c} *column{i} = ({c} *)(sums + column_start[low]) + (task * {len(self.columns)} + {i}) * n{last};")
+            before.append(f"for (long c = 0; c < n{last}; c++) column{i}[c] = 0;")
+        after = [f"partial[global * {totals} + {i}] = total{i};" for i in range(totals)]
+        scratch = [
+            f"{C_TYPE[n.t]} *kept{n.kept} = (void *)(scratch + {n.kept} * 8 * longest);"
+            for n in layout.nodes
+            if n.kept is not None
+        ]
+        line, deep = "\n            ", "\n                "
+        per = f"n{last} < {BLOCK} ? {BLOCK} / n{last} : 1"
+        if self.columns:
+            per = f"(rows + {COLUMN_TASKS - 1}) / {COLUMN_TASKS} > ({per}) ? (rows + {COLUMN_TASKS - 1}) / {COLUMN_TASKS} : ({per})"
+        blocks = "1" if layout.columns else f"(n{last} + {BLOCK - 1}) / {BLOCK}"
+        shape = f"""const long *sizes = all_sizes + part * {self._numbers()};
+        long rows = {" * ".join(f"sizes[{k}]" for k in range(last)) or "1"}, n{last} = sizes[{last}], blocks = {blocks}, per = {per};"""
+        return f"""
 void KERNEL(void **all_pointers, const long *all_sizes, long parts) {{
-    long start[parts + 1], work = 0;
-    start[0] = 0;
+    long start[parts + 1], column_start[parts + 1], work = 0, longest = 0;
+    start[0] = column_start[0] = 0;
     for (long part = 0; part < parts; part++) {{
-        const long *sizes = all_sizes + part * {number};
-        long rows = 1{outer};
-        start[part + 1] = start[part] + rows * ((sizes[{last}] + {BLOCK - 1}) / {BLOCK});
-        work += rows * sizes[{last}];
+        {shape}
+        long tasks = blocks * ((rows + per - 1) / per);
+        start[part + 1] = start[part] + tasks;
+        column_start[part + 1] = column_start[part] + tasks * n{last} * {len(self.columns) * 8};
+        work += rows * n{last};
+        longest = n{last} > longest ? n{last} : longest;
     }}
-    {f"double *partial = __builtin_malloc(sizeof(double) * start[parts] * {len(layout.sums)});" if layout.sums else ""}
-    #pragma omp parallel for schedule(static) if (work > {SERIAL})
-    for (long global = 0; global < start[parts]; global++) {{
-        long low = 0, high = parts; /* start[low] <= global < start[high] */
-        while (high - low > 1) {{ long mid = (low + high) / 2; if (start[mid] <= global) low = mid; else high = mid; }}
-        void **pointers = all_pointers + low * {len(operands) + len(layout.sums)};
-        const long *sizes = all_sizes + low * {number};
-        {line.join(head)}
-        long task = global - start[low], blocks = (n{last} + {BLOCK - 1}) / {BLOCK};
-        long rest = task / blocks, begin = task % blocks * {BLOCK};
-        long count = n{last} - begin < {BLOCK} ? n{last} - begin : {BLOCK};
-        {line.join(place)}
-        long i = 0;
-        for (; i + L <= count; i += L) {{
-            {whole}
+    {f"double *partial = __builtin_malloc(sizeof(double) * start[parts] * {totals});" if totals else ""}
+    {"char *sums = __builtin_malloc(column_start[parts]);" if self.columns else ""}
+    #pragma omp parallel if (work > {SERIAL})
+    {{
+        {f"char *scratch = __builtin_malloc({layout.kept} * 8 * longest);" if layout.kept else ""}
+        {line.join(scratch)}
+        #pragma omp for schedule(static)
+        for (long global = 0; global < start[parts]; global++) {{
+            long low = 0, high = parts; /* start[low] <= global < start[high] */
+            while (high - low > 1) {{ long mid = (low + high) / 2; if (start[mid] <= global) low = mid; else high = mid; }}
+            const long part = low;
+            void **pointers = all_pointers + part * {self.pointers};
+            {shape}
+            {line.join(head)}
+            long task = global - start[part], first = task / blocks * per, begin = task % blocks * {BLOCK};
+            long end = first + per < rows ? first + per : rows;
+            const long columns = n{last}, count = {f"n{last}" if layout.columns else f"n{last} - begin < {BLOCK} ? n{last} - begin : {BLOCK}"};
+            {line.join(before)}
+            for (long row = first; row < end; row++) {{
+                {deep.join(place)}
+                {deep.join(start)}
+                {deep.join(self._row())}
+            }}
+            {line.join(after)}
         }}
-        if (i < count) {{
-            long n = count - i;
-            {some}
-        }}
-        {line.join(after)}
+        {"__builtin_free(scratch);" if layout.kept else ""}
     }}
-    {"for (long part = 0; part < parts; part++) {" + line.join(end) + "}" if end else ""}
-    {"__builtin_free(partial);" if end else ""}
+    {self._finish(shape)}
 }}
 """
 
+    def _numbers(self) -> int:
+        layout = self.layout
+        return len(layout.sizes) + sum(self.last + (layout.inner(s) == 2) for s in _placed(layout))
 
-def _body(layout: Layout, names: dict[Value, str], tail: bool) -> str:
-    """The statements for one vector of elements; in the tail for its first n lanes."""
-    lines, n = [], "n" if tail else "L"
-    local = {v: f"{names[v]}v" for v in layout.inputs}
-    for v in layout.inputs:
-        t, p = LETTERS[v.dtype], names[v]
-        if layout.inner(v) == 1:
-            lines.append(f"{t} {local[v]} = " + (f"load_some_{t}({p} + i, n);" if tail else f"load_{t}({p} + i);"))
-        elif layout.inner(v) == 2:
-            step = f"{p}_{len(layout.sizes) - 1}"
-            lines.append(f"{t} {local[v]} = load_apart_{t}({p} + i * {step}, {step}, {n});")
+    def _pointer_names(self) -> list[tuple[str, Any, tuple[int, ...], int]]:
+        """Name, dtype, strides and position among the pointers of all that has a place."""
+        layout = self.layout
+        found = [(f"x{i}", v.dtype, s, i) for i, (v, s) in enumerate(layout.operands)]
+        for i, r in enumerate(layout.results):
+            if r.kind in ("full", "row"):
+                found.append((f"y{i}", r.value.dtype, r.strides, len(layout.operands) + i))
+        return found
 
-    def operand(x: Any, t: str) -> str:
-        if not isinstance(x, Value):
-            return constant(t, x)
-        own = LETTERS[x.dtype]
-        return local[x] if own == t else f"{t}_from_{own}({local[x]})"
+    def _parameters(self) -> tuple[list[str], list[str]]:
+        """Reading sizes and strides; and the pointers' places at the beginning of a row or block."""
+        layout, last = self.layout, self.last
+        head = [f"const long n{k} = sizes[{k}];" for k in range(last)]
+        place = ["long rest = row;"] if last else []
+        place += [f"long i{k} = rest % n{k}; rest /= n{k};" for k in reversed(range(1, last))] + (["long i0 = rest;"] if last else [])
+        number = last + 1
+        for name, dtype, strides, at in self._pointer_names():
+            inner = layout.inner(strides)
+            steps = last + (inner == 2)
+            head += [f"const long {name}_{k} = sizes[{number + k}];" for k in range(steps)]
+            number += steps
+            offset = "".join(f" + i{k} * {name}_{k}" for k in range(last))
+            offset += ("", " + begin", f" + begin * {name}_{last}")[inner]
+            c = STORED[dtype][1]
+            place.append(f"{c} *{name} = ({c} *)pointers[{at}]{offset};")
+        return head, place
 
-    for i, eq in enumerate(layout.graph.equations):
-        t = LETTERS[eq.outputs.dtype]
-        if eq.op is not aten.sum.default:
-            local[eq.outputs] = f"t{i}"
-            lines.append(f"{t} t{i} = {expression(eq, operand)};")
-        elif eq.outputs in layout.sums:
-            x = operand(eq.args[0], t)
-            lines.append(f"total{layout.sums.index(eq.outputs)} += " + (f"FIRST_{t}({x}, n);" if tail else f"{x};"))
-    for v in layout.outputs:
-        t, p = LETTERS[v.dtype], names[v]
-        lines.append(f"store_some_{t}({p} + i, {local[v]}, n);" if tail else f"store_{t}({p} + i, {local[v]});")
-    return "\n            ".join(lines)
+    def _start_of_row(self) -> list[str]:
+        """Operands that are the same all along a row."""
+        lines = []
+        for n in self.layout.nodes:
+            if n.operand is not None and self._fixed(n):
+                v, _ = self.layout.operands[n.operand]
+                lines.append(f"{n.t} {n.name} = SET_ALL_{STORED[v.dtype][0]}(*x{n.operand});")
+        return lines
 
+    def _fixed(self, n: Node) -> bool:
+        return n.operand is not None and self.layout.inner(self.layout.operands[n.operand][1]) == 0
 
-def _broadcast_strides(v: Value, shape: tuple) -> list[int]:
-    """Strides of `v` as if expanded to `shape`."""
-    lead = len(shape) - v.fake.dim()
-    return [0] * lead + [0 if n == 1 else s for n, s in zip(v.shape, v.strides)]
+    def _row(self) -> list[str]:
+        """The loops over a row, what is computed between them, and the row's own results."""
+        lines = []
+        for s, loop in enumerate(self.layout.loops):
+            lines += self._between(s)
+            lines += self._loop(s, loop)
+        lines += self._between(len(self.layout.loops))
+        for i, r in enumerate(self.layout.results):
+            if r.kind == "row":
+                lines.append(f"store_some_{STORED[r.value.dtype][0]}(y{i}, {r.node.name}, 1);")
+        return lines
+
+    def _between(self, s: int) -> list[str]:
+        return [f"{n.t} {n.name} = {n.text};" for n in self.layout.rows if n.text and n.stage == s]
+
+    def _loop(self, s: int, loop: Loop) -> list[str]:
+        before, fold, lines = [], [], []
+        for n in loop.folds:
+            t = n.t
+            empty = {"sum": "0", "maximum": "-__builtin_inf()", "minimum": "__builtin_inf()"}[n.fold]
+            before.append(f"{t} a_{n.name} = SET_{t}({empty});" + (f" double s_{n.name} = 0;" if n.fold == "sum" else ""))
+            if n.fold == "sum":
+                fold.append(f"s_{n.name} += FOLD_sum_{t}(a_{n.name}); a_{n.name} = ({t}){{}};")
+        for r in loop.sums:
+            if r.kind == "all":
+                i = self.totals.index(r)
+                before.append(f"{r.node.t} a_total{i} = {{}};")
+                fold.append(f"total{i} += FOLD_sum_{r.node.t}(a_total{i}); a_total{i} = ({r.node.t}){{}};")
+        whole, some = ("\n                        ".join(self._body(s, loop, tail)) for tail in (False, True))
+        lines += before
+        lines.append(f"""for (long base = 0; base < count; base += {BLOCK}) {{
+                    long i = base, stop = base + {BLOCK} < count ? base + {BLOCK} : count;
+                    for (; i + L <= stop; i += L) {{
+                        {whole}
+                    }}
+                    if (i < stop) {{
+                        long n = stop - i;
+                        {some}
+                    }}
+                    {" ".join(fold)}
+                }}""")
+        for n in loop.folds:
+            value = f"s_{n.name}" if n.fold == "sum" else f"FOLD_{n.fold}_{n.t}(a_{n.name})"
+            lines.append(f"{n.t} {n.name} = SET_{n.t}({value});")
+        return lines
+
+    def _body(self, s: int, loop: Loop, tail: bool) -> list[str]:
+        """The statements for one vector of elements; in the tail for its first n lanes."""
+        layout, lines = self.layout, []
+
+        def load(letter: str, p: str) -> str:
+            return f"load_some_{letter}({p} + i, n)" if tail else f"load_{letter}({p} + i)"
+
+        def store(letter: str, p: str, x: str) -> str:
+            return f"store_some_{letter}({p} + i, {x}, n);" if tail else f"store_{letter}({p} + i, {x});"
+
+        for n in loop.nodes:
+            if n.kept is not None and layout.first[n] < s:
+                lines.append(f"{n.t} {n.name} = {load(n.t, f'kept{n.kept}')};")
+            elif n.operand is None:
+                lines.append(f"{n.t} {n.name} = {n.text};")
+            elif not self._fixed(n):
+                v, strides = layout.operands[n.operand]
+                letter, p = STORED[v.dtype][0], f"x{n.operand}"
+                step = f"{p}_{self.last}"
+                apart = f"load_apart_{letter}({p} + i * {step}, {step}, {'n' if tail else 'L'})"
+                lines.append(f"{n.t} {n.name} = {load(letter, p) if layout.inner(strides) == 1 else apart};")
+        for n in loop.folds:
+            x, a, t = n.operands[0].name, f"a_{n.name}", n.t
+            if n.fold == "sum":
+                lines.append(f"{a} += " + (f"FIRST_{t}({x}, n);" if tail else f"{x};"))
+            else:
+                new = f"{n.fold}_{t}({a}, {x})"
+                lines.append(f"{a} = " + (f"LIMIT_{t}({new}, {a}, n);" if tail else f"{new};"))
+        for r in loop.sums:
+            x, t = r.node.name, r.node.t
+            if r.kind == "all":
+                lines.append(f"a_total{self.totals.index(r)} += " + (f"FIRST_{t}({x}, n);" if tail else f"{x};"))
+            else:
+                p = f"column{self.columns.index(r)}"
+                lines.append(store(t, p, f"{load(t, p)} + {x}"))
+        for n in loop.keeps:
+            lines.append(store(n.t, f"kept{n.kept}", n.name))
+        for r in loop.stores:
+            lines.append(store(STORED[r.value.dtype][0], self.name[id(r)], r.node.name))
+        return lines
+
+    def _finish(self, shape: str) -> str:
+        """Adding up the tasks' sums."""
+        if not self.totals and not self.columns:
+            return ""
+        last, lines = self.last, []
+        at = lambda r: f"all_pointers[part * {self.pointers} + {len(self.layout.operands) + self.layout.results.index(r)}]"
+        for i, r in enumerate(self.totals):
+            store = f"store_some_{STORED[r.value.dtype][0]}({at(r)}, SET_{r.node.t}(all{' / (rows * n' + str(last) + ')' if r.mean else ''}), 1);"
+            lines.append(
+                f"{{ double all = 0; for (long t = start[part]; t < start[part + 1]; t++) all += partial[t * {len(self.totals)} + {i}]; {store} }}"
+            )
+        for i, r in enumerate(self.columns):
+            t, letter = r.node.t, STORED[r.value.dtype]
+            c = C_TYPE[t]
+            lines.append(f"""{{ long tasks = start[part + 1] - start[part]; {c} *p = ({c} *)(sums + column_start[part]) + {i} * n{last};
+        for (long c = 0; c < n{last}; c += L) {{
+            {t} all = {{}};
+            for (long t = 0; t < tasks; t++)
+                all += c + L <= n{last} ? load_{t}(p + t * {len(self.columns)} * n{last} + c) : load_some_{t}(p + t * {len(self.columns)} * n{last} + c, n{last} - c);
+            {f"all = all / SET_{t}(rows);" if r.mean else ""}
+            store_some_{letter[0]}(({letter[1]} *){at(r)} + c, all, n{last} - c < L ? n{last} - c : L);
+        }} }}""")
+        inside = "\n        ".join(lines)
+        free = ("__builtin_free(partial);" if self.totals else "") + ("__builtin_free(sums);" if self.columns else "")
+        return f"for (long part = 0; part < parts; part++) {{\n        {shape}\n        {inside}\n    }}\n    {free}"

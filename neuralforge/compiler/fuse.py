@@ -1,40 +1,56 @@
-"""Fusion: chains of elementwise operators, with the sums at their ends, become one equation each.
+"""Fusion: chains of elementwise operators with the reductions among them become one equation each.
 
-An equation joins the groups that make its operands if they run over the same elements (same shape, same layout) and
-no path leads from the group out and back in. Groups are then put in order by their last member. What a group computes
-for itself alone never reaches memory; an operand may be broadcast or strided.
+An equation joins the groups that make its operands if they run over the same elements in the same order and no path
+leads from the group out and back in. Members are elementwise operators on all elements, or on one value for each row
+of a group that reduces rows; reductions of rows, whose results go on being used in the group; and sums of everything
+or of columns, which end there. Views in between are looked through. Groups that read the same large operand are
+joined too. A cheap result that only other groups read is computed there again rather than stored.
 """
 
 from __future__ import annotations
 
 import heapq
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..graph.ir import Equation, Graph, Value, leaves
-from .pointwise import supported
+from ..graph.ir import Equation, Graph, Value, leaves, substitute
+from .layout import Layout
+from .reductions import Role, role
+from .space import contiguous, cuts_of, memory_order, place, refine, sizes_of, squash
 
 aten = torch.ops.aten
 
 MAX_OPERANDS = 24
 MAX_EQUATIONS = 96
+LARGE = 16384
+"""Elements from which an operand's traffic is worth a decision."""
 # Operators that our kernels run faster than ATen does even on their own.
-WORTH_ALONE = {aten.gelu.default, aten.gelu_backward.default, aten.silu_backward.default}
+WORTH_ALONE = {
+    aten.gelu.default, aten.gelu_backward.default, aten.silu_backward.default, aten.erf.default, aten.logsumexp.default,
+}  # fmt: skip
+LOOKED_THROUGH = {
+    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.squeeze.default, aten.expand.default, aten.alias.default, aten.detach.default,
+}  # fmt: skip
+"""Views that keep the order of the elements (or repeat them)."""
 
 
 class Fused:
     """The operator of one or more groups of equal structure: called, it interprets `graph`; `codegen` builds native
-    code that runs all `parts` at once."""
+    code that runs all `parts` at once. `why` says how the group came about and what ended it."""
 
-    def __init__(self, parts: list[Graph]):
+    def __init__(self, parts: list[Graph], why: str = ""):
         self.parts = parts
+        self.why = why
         self.graph = Graph(
             inputs=list(dict.fromkeys(v for part in parts for v in part.inputs)),
             equations=[eq for part in parts for eq in part.equations],
             outputs=[v for part in parts for v in part.outputs],
         )
-        names = [eq.op.overloadpacket.__name__.split(".")[-1].lstrip("_") for eq in parts[0].equations]
+        members = [eq for eq in parts[0].equations if eq.op not in LOOKED_THROUGH]
+        names = [eq.op.overloadpacket.__name__.split(".")[-1].lstrip("_") for eq in members]
         short = list(dict.fromkeys(names))
         self.name = "fused_" + "_".join(short[:5]) + (f"_and_{len(names) - 5}" if len(names) > 5 else "")
         if len(parts) > 1:
@@ -43,145 +59,308 @@ class Fused:
     def __call__(self, *tensors: torch.Tensor) -> tuple:
         return tuple(self.graph(*tensors))
 
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        return [Layout(part) for part in self.parts]
+
     def may_overwrite(self, output: Value, operand: Value) -> bool:
         """May `output` be put where `operand` (of the same type, read for the last time) is? Within one part an
         element is read before it is written; parts run side by side."""
-        part = next((part for part in self.parts if output in part.outputs), None)
-        if part is None:  # computed a second time, under other names
+        layout = next((layout for layout in self.layouts if output in layout.graph.outputs), None)
+        if layout is None:  # computed a second time, under other names
             return False
-        return operand in part.inputs and sum(operand in other.inputs for other in self.parts) == 1
+        alone = operand in layout.graph.inputs and sum(operand in part.inputs for part in self.parts) == 1
+        return alone and layout.may_overwrite(output, operand)
 
 
 def fuse(graph: Graph) -> Graph:
     """Replace groups of fusible equations by one equation each, whose operator is a `Fused`."""
-    groups = _grow(graph)
+    groups = _Grower(graph).groups()
     members = {eq: group for group in groups for eq in group.equations}
     used_outside = _escaping(graph, members)
     emitted: list[Equation] = []
     for node in _ordered(graph, members):
-        if isinstance(node, Equation):
-            emitted.append(node)
-        else:
-            emitted.append(_fused_equation(node, used_outside))
-    return graph.replace(equations=emitted)
+        emitted.append(node if isinstance(node, Equation) else _fused_equation(node, used_outside))
+    return graph.replace(equations=_without_dead_views(emitted, graph.outputs))
 
 
 class _Group:
-    __slots__ = ("equations", "shape", "strides", "index", "results", "sums")
+    """Equations in the making of a kernel. The elements are known by their number and, unless contiguous, by shape
+    and strides; `kinds` tells of each result what it is (see `Role`), `reads` how operands are read."""
 
-    def __init__(self, index: int, shape: tuple, strides: tuple):
+    def __init__(self, index: int, r: Role):
         self.index = index
-        self.shape, self.strides = shape, strides
+        self.total = r.over.fake.numel()
+        self.strided = None if contiguous(r.over) else (tuple(r.over.shape), tuple(r.over.strides))
+        self.order = None if self.strided is None else memory_order(r.over)
+        self.columns: int | None = None
+        self.cuts: list[int] = []
         self.equations: list[Equation] = []
-        self.results: set[Value] = set()
-        self.sums: set[Value] = set()
+        self.views: list[Equation] = []
+        self.kinds: dict[Value, str] = {}
+        self.reads: list[tuple[Value, tuple[int, ...], int]] = []
+        self.ended = ""
 
     def inputs(self) -> list[Value]:
-        return [v for v in dict.fromkeys(v for eq in self.equations for v in eq.inputs) if v not in self.results]
+        made = {v for eq in (*self.views, *self.equations) for v in eq.results}
+        return [v for v in dict.fromkeys(v for eq in self.equations for v in eq.inputs) if v not in made]
+
+    def fit(self, eq: Equation, r: Role, kinds: dict[Value, str]) -> tuple | None:
+        """What joining would change (row length, cuts, reads), or None if the equation can't join. `kinds` are those
+        of its operands that the group makes."""
+        n = r.over.fake.numel()
+        if self.strided is not None:
+            same = (tuple(r.over.shape), tuple(r.over.strides)) == self.strided
+            return (None, [], []) if same and not r.columns and set(kinds.values()) <= {"full"} else None
+        if not contiguous(r.over) or "end" in kinds.values():
+            return None
+        columns = self.columns or r.columns
+        if n == self.total:
+            scale = 1
+            if r.columns not in (None, columns):
+                return None
+        elif columns and n * columns == self.total and r.results == ("full",):
+            scale = columns
+        else:
+            return None
+        cuts = refine(refine(self.cuts, [columns] if columns else []) or [], cuts_of(r.over.shape, scale))
+        if cuts is None or (columns and columns not in cuts):
+            return None
+        reads = [(v, tuple(r.over.shape), scale) for v in dict.fromkeys(eq.inputs)]
+        for v, shape, _ in reads:
+            if v in kinds and not self._in_step(v, kinds[v], shape, cuts, scale, columns):
+                return None
+        if columns and not all(_one_dimension(v, shape, cuts, s, columns) for v, shape, s in [*self.reads, *reads]):
+            return None
+        return columns, cuts, reads
+
+    def _in_step(self, v: Value, kind: str, shape: tuple, cuts: list[int], scale: int, columns: int | None) -> bool:
+        """Does an operand made in the group lie, as it is read, where the group has it?"""
+        sizes = sizes_of(cuts)
+        found = [(n, s) for n, s in squash(sizes, place(v, shape, None, cuts, scale)) if n != 1]
+        if kind == "full":
+            return scale == 1 and found == ([(self.total, 1)] if self.total > 1 else [])
+        rows = self.total // columns if columns else 0
+        return found == [(rows, 1), (columns, 0)]
+
+    def add(self, eq: Equation, r: Role, fit: tuple) -> None:
+        self.columns, self.cuts = fit[0], fit[1]
+        self.reads += fit[2]
+        self.equations.append(eq)
+        row = r.over.fake.numel() < self.total
+        for v, kind in zip(eq.results, r.results):
+            self.kinds[v] = "row" if row else kind if kind in ("full", "row") else "end"
+
+    def joins(self, other: _Group) -> tuple | None:
+        """What the two together would have, or None if they don't go together."""
+        if (self.total, self.strided) != (other.total, other.strided):
+            return None
+        if self.columns and other.columns and self.columns != other.columns:
+            return None
+        columns = self.columns or other.columns
+        cuts = refine(refine(self.cuts, other.cuts) or [], [columns] if columns else [])
+        if cuts is None or (self.cuts or other.cuts) and not cuts:
+            return None
+        if columns and not all(_one_dimension(v, s, cuts, k, columns) for v, s, k in (*self.reads, *other.reads)):
+            return None
+        size = len(self.equations) + len(other.equations)
+        if size > MAX_EQUATIONS or len(dict.fromkeys([*self.inputs(), *other.inputs()])) > MAX_OPERANDS:
+            return None
+        return columns, cuts
 
 
-def _space(eq: Equation) -> tuple[tuple, tuple] | None:
-    """Shape and strides of the elements that a fusible equation runs over; None if it can't be fused."""
-    if not supported(eq):
-        return None
-    over = eq.args[0] if eq.op is aten.sum.default else eq.outputs
-    return tuple(over.shape), tuple(over.strides)
+def _one_dimension(v: Value, shape: tuple, cuts: list[int], scale: int, columns: int) -> bool:
+    """Are the operand's elements along a row evenly spaced?"""
+    inside = [c for c in cuts if c <= columns]
+    strides = place(v, shape, None, cuts, scale)[len(cuts) - len(inside) :]
+    return len(squash(sizes_of(inside), strides)) <= 1
 
 
-def _grow(graph: Graph) -> list[_Group]:
-    """Groups in the making, one pass through the program. A bit mask for each node tells on what it depends."""
-    groups: list[_Group] = []
-    group_of: dict[Value, _Group] = {}
-    depends: list[int] = []  # of the node: every equation outside groups, every group
-    node_of: dict[Value, int] = {}
+class _Grower:
+    """Groups in the making, one pass through the program. A bit mask for each node (an equation outside groups, or a
+    group) tells on what it depends."""
 
-    for eq in graph.equations:
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.all: list[_Group] = []
+        self.group_of: dict[Value, _Group] = {}
+        self.depends: list[int] = []
+        self.node_of: dict[Value, int] = {}
+        self.views: dict[Value, Equation] = {}  # views looked through, by their result
+        for eq in graph.equations:
+            self._visit(eq)
+        self._join_siblings()
+        for group in self.all:
+            self._put_in_order(group)
+
+    def groups(self) -> list[_Group]:
+        return [g for g in self.all if _worthwhile(g)]
+
+    def _visit(self, eq: Equation) -> None:
+        if eq.op in LOOKED_THROUGH and isinstance(eq.outputs, Value):
+            base = eq.args[0]
+            if base in self.node_of:
+                self.node_of[eq.outputs] = self.node_of[base]
+            if base in self.group_of:
+                self.group_of[eq.outputs] = self.group_of[base]
+                self.views[eq.outputs] = eq
+            return
         mask = 0
         for v in eq.inputs:
-            if v in node_of:
-                mask |= depends[node_of[v]] | 1 << node_of[v]
-        space = _space(eq)
-        joined = None
-        if space is not None:
-            for source in dict.fromkeys(group_of[v] for v in eq.inputs if v in group_of):
-                if (source.shape, source.strides) != space or source is joined:
-                    continue
-                if any(v in source.sums for v in eq.inputs):
-                    continue
-                mine = 1 << source.index
-                # A path from the group through another node back to this equation would become a cycle.
-                others = [node_of[v] for v in eq.inputs if v in node_of and node_of[v] != source.index]
-                if joined is not None:
-                    others = [n for n in others if n != joined.index]
-                    cyclic = depends[joined.index] & mine or depends[source.index] & 1 << joined.index
-                else:
-                    cyclic = False
-                if cyclic or any(depends[n] & mine for n in others):
-                    continue
-                size = len(source.equations) + (len(joined.equations) if joined else 0)
-                if size >= MAX_EQUATIONS or len(source.inputs()) + (len(joined.inputs()) if joined else 0) > MAX_OPERANDS:
-                    continue
-                if joined is None:
-                    joined = source
-                else:
-                    _merge(joined, source, depends, node_of, group_of)
-                    groups.remove(source)
-        if space is not None and joined is None:
-            joined = _Group(len(depends), *space)
-            depends.append(0)
-            groups.append(joined)
-        if joined is not None:
-            index = joined.index
-            joined.equations.append(eq)
-            joined.results.update(eq.results)
-            if eq.op is aten.sum.default:
-                joined.sums.update(eq.results)
-            own = 1 << index
-            added = mask & ~own
-            depends[index] |= added
-            for n, known in enumerate(depends):  # whoever depends on the group now depends on all this too
-                if known & own:
-                    depends[n] |= added
+            if v in self.node_of:
+                mask |= self.depends[self.node_of[v]] | 1 << self.node_of[v]
+        r = role(eq)
+        group = None if r is None else self._join(eq, r)
+        if group is None:
             for v in eq.results:
-                group_of[v], node_of[v] = joined, index
-        else:
-            for v in eq.results:
-                node_of[v] = len(depends)
-            depends.append(mask)
-    order = {eq: i for i, eq in enumerate(graph.equations)}
-    for group in groups:
+                self.node_of[v] = len(self.depends)
+            self.depends.append(mask)
+            return
+        added = mask & ~(1 << group.index)
+        self.depends[group.index] |= added
+        for n, known in enumerate(self.depends):  # whoever depends on the group now depends on all this too
+            if known >> group.index & 1:
+                self.depends[n] |= added
+        for v in eq.results:
+            self.group_of[v], self.node_of[v] = group, group.index
+
+    def _join(self, eq: Equation, r: Role) -> _Group | None:
+        """The group of an equation: joined, merged from several, or new."""
+        joined: _Group | None = None
+        for source in dict.fromkeys(self.group_of[v] for v in eq.inputs if v in self.group_of):
+            if source is joined or source not in self.all:
+                continue
+            together = (None, []) if joined is None else joined.joins(source)
+            if together is None or self._cyclic(eq, source, joined):
+                continue
+            if joined is None:
+                fit = source.fit(eq, r, self._kinds(eq, source))
+                full = len(source.equations) >= MAX_EQUATIONS or len({*source.inputs(), *eq.inputs}) > MAX_OPERANDS
+                if fit is None or full:
+                    source.ended = source.ended or f"{eq.name} ({'size' if full else 'other elements or order'})"
+                    continue
+                joined = source
+            else:
+                trial = {**self._kinds(eq, joined), **self._kinds(eq, source)}
+                probe = _Group(0, r)
+                probe.total, probe.strided, probe.order = joined.total, joined.strided, joined.order
+                probe.columns, probe.cuts = together
+                probe.reads = [*joined.reads, *source.reads]
+                if probe.fit(eq, r, trial) is not None:
+                    self._merge(joined, source, together)
+        if joined is None:
+            joined = _Group(len(self.depends), r)
+            self.depends.append(0)
+            fit = joined.fit(eq, r, {})
+            if fit is None:  # rows that aren't evenly spaced, or not contiguous
+                self.depends.pop()
+                return None
+            self.all.append(joined)
+        joined.add(eq, r, joined.fit(eq, r, self._kinds(eq, joined)))
+        return joined
+
+    def _kinds(self, eq: Equation, group: _Group) -> dict[Value, str]:
+        return {v: group.kinds[self._base(v)] for v in eq.inputs if self.group_of.get(v) is group}
+
+    def _base(self, v: Value) -> Value:
+        while v in self.views:
+            v = self.views[v].args[0]
+        return v
+
+    def _cyclic(self, eq: Equation, source: _Group, joined: _Group | None) -> bool:
+        """Would a path lead from the group through another node back to this equation?"""
+        mine = 1 << source.index
+        own = {source.index} if joined is None else {source.index, joined.index}
+        others = [self.node_of[v] for v in eq.inputs if v in self.node_of and self.node_of[v] not in own]
+        if joined is not None and (self.depends[joined.index] & mine or self.depends[source.index] >> joined.index & 1):
+            return True
+        return any(self.depends[n] & mine for n in others)
+
+    def _merge(self, into: _Group, other: _Group, together: tuple) -> None:
+        into.columns, into.cuts = together
+        into.equations += other.equations
+        into.kinds.update(other.kinds)
+        into.reads += other.reads
+        into.ended = into.ended or other.ended
+        for v, group in self.group_of.items():
+            if group is other:
+                self.group_of[v] = into
+        for v, n in self.node_of.items():
+            if n == other.index:
+                self.node_of[v] = into.index
+        self.all.remove(other)
+        depends, old, new = self.depends, 1 << other.index, 1 << into.index
+        depends[into.index] = (depends[into.index] | depends[other.index]) & ~(old | new)
+        for n, known in enumerate(depends):
+            if known & (old | new) and n != into.index:
+                depends[n] = (known & ~old) | new | depends[into.index]
+
+    def _join_siblings(self) -> None:
+        """Groups that read one large operand and don't depend on each other read it once, together, if nothing but
+        what can be fused lies between them (a result made early would be kept longer)."""
+        position = {eq: i for i, eq in enumerate(self.graph.equations)}
+        light = [role(eq) is not None or eq.op in LOOKED_THROUGH for eq in self.graph.equations]
+        heavy_before = [0]
+        for ok in light:
+            heavy_before.append(heavy_before[-1] + (not ok))
+        readers: dict[Value, list[_Group]] = {}
+        for group in self.all:
+            for v in group.inputs():
+                if v.fake.numel() >= LARGE:
+                    readers.setdefault(v, []).append(group)
+        for groups in readers.values():
+            for a, b in zip(groups, groups[1:]):
+                if a not in self.all or b not in self.all or a is b:
+                    continue
+                gap = sorted((min(position[e] for e in g.equations), max(position[e] for e in g.equations)) for g in (a, b))
+                apart = heavy_before[max(gap[1][0], gap[0][1])] - heavy_before[min(gap[0][1], gap[1][0])]
+                linked = self.depends[a.index] >> b.index & 1 or self.depends[b.index] >> a.index & 1
+                together = None if apart or linked else a.joins(b)
+                if together is not None:
+                    self._merge(a, b, together)
+
+    def _put_in_order(self, group: _Group) -> None:
+        """Members in the order of the program, with copies of the views that lie between them."""
+        order = {eq: i for i, eq in enumerate(self.graph.equations)}
         group.equations.sort(key=order.__getitem__)
-    return [g for g in groups if _worthwhile(g)]
-
-
-def _merge(into: _Group, other: _Group, depends: list[int], node_of: dict, group_of: dict) -> None:
-    into.equations += other.equations
-    into.results |= other.results
-    into.sums |= other.sums
-    for v in other.results:
-        group_of[v], node_of[v] = into, into.index
-    old, new = 1 << other.index, 1 << into.index
-    depends[into.index] = (depends[into.index] | depends[other.index]) & ~(old | new)
-    for n, known in enumerate(depends):
-        if known & (old | new) and n != into.index:
-            depends[n] = (known & ~old) | new | depends[into.index]
+        views: dict[Value, Equation] = {}
+        for eq in group.equations:
+            for v in eq.inputs:
+                while v in self.views and self.group_of.get(v) is group:
+                    views[v] = self.views[v]
+                    v = self.views[v].args[0]
+        group.views = sorted(views.values(), key=order.__getitem__)
 
 
 def _worthwhile(group: _Group) -> bool:
     if len(group.equations) > 1:
         return True
     eq = group.equations[0]
-    return eq.op in WORTH_ALONE and eq.outputs.fake.numel() >= 4096
+    return eq.op in WORTH_ALONE and group.total >= 4096
 
 
 def _escaping(graph: Graph, members: dict[Equation, _Group]) -> set[Value]:
-    """Values read outside the group that makes them."""
+    """Values read outside the group that makes them. A view counts as a reader if anybody outside reads it."""
     found = set(leaves(graph.outputs))
     maker = {v: group for eq, group in members.items() for v in eq.results}
-    for eq in graph.equations:
+    for eq in reversed(graph.equations):
         home = members.get(eq)
-        found.update(v for v in eq.inputs if v in maker and maker[v] is not home)
+        if eq.op in LOOKED_THROUGH and not any(v in found for v in eq.results):
+            continue
+        inside = {v for view in home.views for v in view.results} if home else set()
+        found.update(v for v in eq.inputs if v not in inside and (v not in maker or maker[v] is not home))
     return found
+
+
+def _without_dead_views(equations: list[Equation], outputs: list) -> list[Equation]:
+    used = set(leaves(outputs))
+    kept = []
+    for eq in reversed(equations):
+        if eq.op in LOOKED_THROUGH and not any(v in used for v in eq.results):
+            continue
+        used.update(eq.inputs)
+        kept.append(eq)
+    return kept[::-1]
 
 
 def _ordered(graph: Graph, members: dict[Equation, _Group]) -> list[Any]:
@@ -218,6 +397,28 @@ def _ordered(graph: Graph, members: dict[Equation, _Group]) -> list[Any]:
 def _fused_equation(group: _Group, used_outside: set[Value]) -> Equation:
     inputs = group.inputs()
     outputs = [v for eq in group.equations for v in eq.results if v in used_outside]
-    inner = Graph(inputs=inputs, equations=group.equations, outputs=list(outputs))
+    env: dict[Value, Value] = {}
+    equations: list[Equation] = []
+    views = {eq.outputs: eq for eq in group.views}
+
+    def inside(v: Value) -> None:
+        """A copy of a view, under a name of the group's own."""
+        if v in views and v not in env:
+            view = views[v]
+            inside(view.args[0])
+            env[v] = Value(f"{v}_in_group", v.fake)
+            equations.append(Equation(view.op, substitute(view.args, env), view.kwargs, env[v], view.source, view.origin))
+
+    for eq in group.equations:
+        for v in eq.inputs:
+            inside(v)
+        if any(v in env for v in eq.inputs):
+            args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
+            eq = Equation(eq.op, args, kwargs, eq.outputs, eq.source, eq.origin)
+        equations.append(eq)
+    inner = Graph(inputs=inputs, equations=equations, outputs=list(outputs))
     last = group.equations[-1]
-    return Equation(Fused([inner]), tuple(inputs), {}, tuple(outputs), last.source, "fuse")
+    why = f"{len(group.equations)} operators over {group.total} elements"
+    why += f" in rows of {group.columns}" if group.columns else ""
+    why += f"; ended by {group.ended}" if group.ended else ""
+    return Equation(Fused([inner], why), tuple(inputs), {}, tuple(outputs), last.source, "fuse")

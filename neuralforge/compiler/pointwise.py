@@ -1,7 +1,8 @@
 """Elementwise operators as C expressions on vectors: the table that fusion and code generation share.
 
 An entry takes the equation's type letter (`f` float, `d` double, `l` int64, `b` bool) and its operands, already
-converted to that type, and gives an expression. The functions named there are in `vector.h`.
+converted to that type, and gives an expression. The functions named there are in `vector.h` and `vector_math.h`.
+Half-width floats are computed with as float, and rounded when they are stored or asked for by a conversion.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from ..graph.ir import Equation, Value
 
 aten = torch.ops.aten
 
-LETTERS = {torch.float32: "f", torch.float64: "d", torch.int64: "l", torch.bool: "b"}
+LETTERS = {
+    torch.float32: "f", torch.float64: "d", torch.int64: "l", torch.bool: "b", torch.bfloat16: "f", torch.float16: "f",
+}  # fmt: skip
+"""The type computed with."""
+STORED = {
+    torch.float32: ("f", "float"), torch.float64: ("d", "double"), torch.int64: ("l", "long"),
+    torch.bool: ("b", "unsigned char"), torch.bfloat16: ("bf", "unsigned short"), torch.float16: ("h", "unsigned short"),
+}  # fmt: skip
+"""The suffix of the load and store functions, and the C type of an element."""
 
 
 def constant(t: str, value: Any) -> str:
@@ -39,7 +48,7 @@ def _binary(symbol: str) -> Callable:
 
 def _scaled(symbol: str) -> Callable:
     def emit(t: str, eq: Equation, a: str, b: str) -> str:
-        alpha = eq.kwargs.get("alpha", 1)
+        alpha = eq.args[2] if len(eq.args) > 2 else eq.kwargs.get("alpha", 1)
         return f"({a} {symbol} {b})" if alpha == 1 else f"({a} {symbol} {b} * {constant(t, alpha)})"
 
     return emit
@@ -47,6 +56,10 @@ def _scaled(symbol: str) -> Callable:
 
 def _call(name: str) -> Callable:
     return lambda t, eq, *operands: f"{name}_{t}({', '.join(operands)})"
+
+
+def _one_over(name: str) -> Callable:
+    return lambda t, eq, x: f"({constant(t, 1)} / {name.format(t=t, x=x)})"
 
 
 def _power(t: str, eq: Equation, x: str) -> str:
@@ -64,48 +77,119 @@ def _gelu(name: str) -> Callable:
     return emit
 
 
+def _argument(eq: Equation, position: int, name: str, default: Any) -> Any:
+    return eq.args[position] if len(eq.args) > position else eq.kwargs.get(name, default)
+
+
+def _clamp(t: str, eq: Equation, x: str) -> str:
+    low, high = _argument(eq, 1, "min", None), _argument(eq, 2, "max", None)
+    x = x if low is None else f"maximum_{t}({x}, {constant(t, low)})"
+    return x if high is None else f"minimum_{t}({x}, {constant(t, high)})"
+
+
+def _with_constants(name: str, *parameters: tuple[int, str, float]) -> Callable:
+    """A function whose further parameters are Python numbers."""
+    return lambda t, eq, *operands: (
+        f"{name}_{t}({', '.join([*operands, *(constant(t, _argument(eq, *p)) for p in parameters)])})"
+    )
+
+
+def _add_product(symbol: str) -> Callable:
+    def emit(t: str, eq: Equation, x: str, a: str, b: str) -> str:
+        value = _argument(eq, 3, "value", 1)
+        return f"({x} + {'' if value == 1 else constant(t, value) + ' * '}({a} {symbol} {b}))"
+
+    return emit
+
+
 FLOATING = {
     aten.add.Tensor: _scaled("+"), aten.add.Scalar: _scaled("+"), aten.sub.Tensor: _scaled("-"),
-    aten.sub.Scalar: _scaled("-"), aten.rsub.Scalar: lambda t, eq, a, b: f"({b} - {a})",
+    aten.sub.Scalar: _scaled("-"), aten.rsub.Scalar: lambda t, eq, a, b: _scaled("-")(t, eq, b, a),
+    aten.rsub.Tensor: lambda t, eq, a, b: _scaled("-")(t, eq, b, a),
     aten.mul.Tensor: _binary("*"), aten.mul.Scalar: _binary("*"),
     aten.div.Tensor: _binary("/"), aten.div.Scalar: _binary("/"),
     aten.neg.default: lambda t, eq, x: f"(-{x})",
-    aten.reciprocal.default: lambda t, eq, x: f"({constant(t, 1)} / {x})",
+    aten.reciprocal.default: _one_over("{x}"), aten.rsqrt.default: _one_over("sqrt_{t}({x})"),
     aten.square.default: lambda t, eq, x: f"({x} * {x})",
-    aten.sqrt.default: _call("sqrt"), aten.rsqrt.default: lambda t, eq, x: f"({constant(t, 1)} / sqrt_{t}({x}))",
-    aten.exp.default: _call("exp"), aten.log.default: _call("log"), aten.tanh.default: _call("tanh"),
+    aten.sqrt.default: _call("sqrt"), aten.exp.default: _call("exp"), aten.expm1.default: _call("expm1"),
+    aten.exp2.default: _call("exp2"), aten.log.default: _call("log"), aten.log1p.default: _call("log1p"),
+    aten.log2.default: _call("log2"), aten.tanh.default: _call("tanh"),
     aten.erf.default: _call("erf"), aten.sigmoid.default: _call("sigmoid"), aten.sin.default: _call("sin"),
     aten.cos.default: _call("cos"), aten.abs.default: _call("abs"), aten.relu.default: _call("relu"),
+    aten.sign.default: _call("sign"), aten.sgn.default: _call("sign"), aten.floor.default: _call("floor"),
+    aten.ceil.default: _call("ceil"), aten.trunc.default: _call("trunc"), aten.round.default: _call("round"),
     aten.gelu.default: _gelu("gelu"), aten.gelu_backward.default: _gelu("gelu_backward"),
     aten.silu.default: lambda t, eq, x: f"({x} * sigmoid_{t}({x}))", aten.silu_backward.default: _call("silu_backward"),
+    aten.tanh_backward.default: _call("tanh_backward"), aten.sigmoid_backward.default: _call("sigmoid_backward"),
+    aten.threshold_backward.default: _with_constants("threshold_backward", (2, "threshold", 0)),
+    aten.leaky_relu.default: _with_constants("leaky_relu", (1, "negative_slope", 0.01)),
+    aten.softplus.default: _with_constants("softplus", (1, "beta", 1), (2, "threshold", 20)),
+    aten.hardtanh.default: _with_constants("clamp", (1, "min_val", -1), (2, "max_val", 1)),
+    aten.clamp.default: _clamp, aten.clamp_min.default: lambda t, eq, x: f"maximum_{t}({x}, {constant(t, eq.args[1])})",
+    aten.clamp_max.default: lambda t, eq, x: f"minimum_{t}({x}, {constant(t, eq.args[1])})",
     aten.maximum.default: _call("maximum"), aten.minimum.default: _call("minimum"),
     aten.pow.Tensor_Scalar: _power, aten.pow.Scalar: _call("pow"), aten.pow.Tensor_Tensor: _call("pow"),
+    aten.addcmul.default: _add_product("*"), aten.addcdiv.default: _add_product("/"),
+    aten.lerp.Scalar: lambda t, eq, a, b, w: f"({a} + {w} * ({b} - {a}))",
+    aten.lerp.Tensor: lambda t, eq, a, b, w: f"({a} + {w} * ({b} - {a}))",
 }  # fmt: skip
 """Operators on numbers of one type, the result's."""
+
+_ONE_OPERAND = {
+    aten.pow.Tensor_Scalar, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.leaky_relu.default,
+    aten.softplus.default, aten.hardtanh.default, aten.gelu.default,
+}  # fmt: skip
+_TWO_OPERANDS = {
+    aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar,
+    aten.threshold_backward.default, aten.gelu_backward.default,
+}  # fmt: skip
+"""Operators whose further arguments are settings rather than operands."""
 
 COMPARISONS = {
     getattr(getattr(aten, name), overload): symbol
     for name, symbol in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()
     for overload in ("Tensor", "Scalar")
 }
-LOGIC = {aten.logical_and.default: "&", aten.logical_or.default: "|", aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|"}
-INTEGER = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar}
+LOGIC = {
+    aten.logical_and.default: "&", aten.logical_or.default: "|", aten.logical_xor.default: "^",
+    aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|", aten.bitwise_xor.Tensor: "^",
+}  # fmt: skip
+NOT = {aten.logical_not.default, aten.bitwise_not.default}
+TESTS = {
+    aten.isnan.default: "{x} != {x}",
+    aten.isinf.default: "abs_{t}({x}) == SET_{t}(__builtin_inf())",
+}
+INTEGER = {
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
+    aten.mul.Scalar, aten.neg.default, aten.abs.default, aten.maximum.default, aten.minimum.default, aten.clamp.default,
+    aten.clamp_min.default, aten.clamp_max.default, aten.relu.default,
+}  # fmt: skip
 MOVES = {aten._to_copy.default, aten.clone.default}
-SELECTS = {aten.where.self, aten.masked_fill.Scalar}
+SELECTS = {aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+
+_COSTS = {
+    8: ("exp", "expm1", "exp2", "log", "log1p", "log2", "sigmoid", "silu", "silu_backward", "softplus"),
+    15: ("tanh", "erf", "gelu", "gelu_backward"),
+    40: ("sin", "cos", "pow"),
+    4: ("div", "sqrt", "rsqrt", "reciprocal", "addcdiv"),
+}
+
+
+def price(eq: Equation) -> int:
+    """What an elementwise equation costs for each element, in additions."""
+    name = eq.op.overloadpacket.__name__
+    if name == "pow" and isinstance(eq.args[1], (int, float)) and eq.args[1] in (1, 2, 3):
+        return 1
+    return next((n for n, names in _COSTS.items() if name in names), 1)
 
 
 def supported(eq: Equation) -> bool:
-    """Can this equation be a member of a fused group?"""
-    if hasattr(eq.op, "graph"):
-        return False
-    values = [*eq.inputs, *eq.results]
-    if any(v.dtype not in LETTERS or v.device.type != "cpu" for v in values) or not isinstance(eq.outputs, Value):
-        return False
+    """Is this an elementwise equation with an entry here, on types that have a letter?"""
     y = eq.outputs
-    if eq.op is aten.sum.default:
-        x = eq.args[0]
-        return not eq.kwargs and x.dtype in (torch.float32, torch.float64) and x.fake.dim() > 0 and _dense(x)
-    if not _dense(y):
+    if not isinstance(y, Value) or y.fake.numel() == 0:
+        return False
+    values = [*eq.inputs, y]
+    if any(v.dtype not in LETTERS or v.device.type != "cpu" for v in values):
         return False
     letter = LETTERS[y.dtype]
     if eq.op is aten.full.default:
@@ -115,11 +199,15 @@ def supported(eq: Equation) -> bool:
     if eq.op in FLOATING:
         if eq.op is aten.pow.Scalar and letter != "d":
             return False
+        if eq.op is aten.round.default and letter == "l" or any(isinstance(a, complex) for a in eq.args):
+            return False
         return letter in "fd" or letter == "l" and eq.op in INTEGER and all(v.dtype == torch.int64 for v in values)
-    if eq.op in COMPARISONS or eq.op in LOGIC:
+    if eq.op in COMPARISONS or eq.op in LOGIC and letter == "b":
         return True
-    if eq.op is aten.logical_not.default:
+    if eq.op in NOT:
         return eq.args[0].dtype == torch.bool
+    if eq.op in TESTS:
+        return LETTERS[eq.args[0].dtype] in "fd"
     if eq.op in MOVES:
         return set(eq.kwargs) <= {"dtype", "memory_format"}
     return eq.op in SELECTS and letter in "fdl"
@@ -129,19 +217,21 @@ def expression(eq: Equation, operand: Callable[[Any, str], str]) -> str:
     """The equation as C; `operand(x, letter)` is a value or Python number converted to a type."""
     op, t = eq.op, LETTERS[eq.outputs.dtype]
     if op in FLOATING:
-        arguments = eq.args[:1] if op is aten.pow.Tensor_Scalar else eq.args
-        if op in (aten.rsub.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.gelu.default):
-            arguments = eq.args[:2]
+        arguments = eq.args[: 1 if op in _ONE_OPERAND else 2 if op in _TWO_OPERANDS else 3]
         return FLOATING[op](t, eq, *(operand(a, t) for a in arguments))
     if op in COMPARISONS:
         wide = common_letter(eq.args)
         return f"(MASK_{wide}({operand(eq.args[0], wide)} {COMPARISONS[op]} {operand(eq.args[1], wide)}))"
     if op in LOGIC:
         return f"({operand(eq.args[0], 'b')} {LOGIC[op]} {operand(eq.args[1], 'b')})"
-    if op is aten.logical_not.default:
+    if op in NOT:
         return f"(~{operand(eq.args[0], 'b')})"
+    if op in TESTS:
+        own = LETTERS[eq.args[0].dtype]
+        return f"(MASK_{own}({TESTS[op].format(x=operand(eq.args[0], own), t=own)}))"
     if op in MOVES:
-        return operand(eq.args[0], t)
+        x, half = operand(eq.args[0], t), STORED[eq.outputs.dtype][0]
+        return f"round_{half}({x})" if half in ("bf", "h") and eq.args[0].dtype != eq.outputs.dtype else x
     if op is aten.full.default:
         return constant(t, eq.args[1])
     mask, a, b = eq.args if op is aten.where.self else (eq.args[1], eq.args[2], eq.args[0])
@@ -152,13 +242,3 @@ def common_letter(args: tuple) -> str:
     """The type in which two operands are compared."""
     fakes = [a.fake if isinstance(a, Value) else a for a in args[:2]]
     return LETTERS.get(torch.result_type(*fakes), "d")
-
-
-def _dense(v: Value) -> bool:
-    """Every element of one block of memory, once, in some order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(v.strides, v.shape) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return v.fake.numel() > 0

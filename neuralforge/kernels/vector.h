@@ -156,7 +156,27 @@ INLINE f log_f(f x) {
     return SELECT_f((b)((x < SET_f(0)) | (x != x)), SET_f(__builtin_nanf("")), y);
 }
 
-EACH(f, erf_f, __builtin_erff)
+/* erf x: an odd polynomial; where erf is near 1, 1 - e^q(|x|) (N. Juffa's coefficients, below 1 ulp each). */
+INLINE f erf_f(f x) {
+    f a = abs_f(x), s = x * x;
+    f q = SET_f(-1.72853470e-5f) * a + 3.83197126e-4f, u = SET_f(-3.88396438e-3f) * a + 2.42546219e-2f;
+    q = q * s + u;
+    q = q * a - 1.06777877e-1f;
+    q = q * a - 6.34846687e-1f;
+    q = q * a - 1.28717512e-1f;
+    q = q * a - a;
+    q = SELECT_f((b)(a > SET_f(4.0f)), SET_f(-100.0f), q);
+    f large = 1.0f - exp_f(q);
+    large = (f)((b)large | ((b)x & (int)0x80000000));
+    f p = SET_f(-5.96761703e-4f);
+    p = p * s + 4.99119423e-3f;
+    p = p * s - 2.67681349e-2f;
+    p = p * s + 1.12819925e-1f;
+    p = p * s - 3.76125336e-1f;
+    p = p * s + 1.28379166e-1f;
+    f y = SELECT_f((b)(a > SET_f(0.927734375f)), large, p * x + x);
+    return SELECT_f((b)(x != x), x, y);
+}
 EACH(f, sin_f, __builtin_sinf)
 EACH(f, cos_f, __builtin_cosf)
 EACH2(f, pow_f, __builtin_powf)
