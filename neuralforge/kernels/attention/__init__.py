@@ -1,0 +1,222 @@
+"""Flash attention: softmax(q k^T scale) v in blocks, without the matrix of weights in memory, forward and backward.
+
+Shapes: B batch, H heads of queries, G heads of keys and values (H a multiple of G: each serves H / G heads of
+queries), T queries, S keys, K head width. The C code (float32, any K) reads and writes any strides whose last is 1,
+so the parts of one [B, T, 3 H K] projection serve as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+
+from ...errors import KernelError
+from ..native import Native, long
+from .reference import reference, reference_backward
+
+_native = Native(Path(__file__).with_name("attention.c"))
+
+
+@torch.library.custom_op("neuralforge::flash_attention", mutates_args=())
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries [B, H, T, K] on keys and values [B, G, S, K].
+
+    `is_causal`: query t sees the keys 0 to t, as in PyTorch also where T and S differ. `window`: it sees keys less than
+    `window` away. `mask`: bool (true: is seen) or float (added to the scores), broadcast to [B, H, T, S]; it has no
+    gradient. `scale`: 1 / sqrt(K) if None.
+
+    Returns the output [B, H, T, K], laid out as [B, T, H, K], and the log-sum-exp of each query's scores [B, H, T].
+    A query that sees nothing gets 0 and -inf. Raises KernelError where shapes don't fit.
+    """
+    check(q, k, v, window, mask)
+    if not native(q, k, v, mask):
+        out, lse = reference(q, k, v, is_causal, scale, window, mask)
+        return _as_BTHK(out), lse.contiguous()
+    outputs = _empty_BTHK(q), q.new_empty(q.shape[:3])
+    forward(outputs, (q, k, v, is_causal, scale, window, mask), {})
+    return outputs
+
+
+@torch.library.custom_op("neuralforge::flash_attention_backward", mutates_args=())
+def flash_attention_backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
+    g_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, laid out as [B, T, H, K], given those of flash_attention's results, `g` [B, H, T, K]
+    and `g_lse` [B, H, T] (None: zero)."""
+    if not native(q, k, v, mask):
+        return tuple(map(_as_BTHK, reference_backward(g, q, k, v, out, lse, is_causal, scale, window, mask, g_lse)))
+    outputs = _empty_BTHK(q), _empty_BTHK(k), _empty_BTHK(v)
+    backward(outputs, (g, q, k, v, out, lse, is_causal, scale, window, mask, g_lse), {})
+    return outputs
+
+
+@flash_attention.register_fake
+def _(q, k, v, is_causal=False, scale=None, window=None, mask=None):
+    check(q, k, v, window, mask)
+    return _empty_BTHK(q), q.new_empty(q.shape[:3])
+
+
+@flash_attention_backward.register_fake
+def _(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
+    return _empty_BTHK(q), _empty_BTHK(k), _empty_BTHK(v)
+
+
+def _setup(ctx, inputs, output):
+    *qkv, ctx.is_causal, ctx.scale, ctx.window, mask = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*qkv, *output, mask)
+
+
+def _torch_backward(ctx, g, g_lse):
+    q, k, v, out, lse, mask = ctx.saved_tensors
+    if g is None and g_lse is None:
+        return (None,) * 7
+    g = torch.zeros_like(out) if g is None else g
+    options = ctx.is_causal, ctx.scale, ctx.window, mask, g_lse
+    return *flash_attention_backward(g, q, k, v, out, lse, *options), None, None, None, None
+
+
+flash_attention.register_autograd(_torch_backward, setup_context=_setup)
+
+
+def _empty_BTHK(x: torch.Tensor) -> torch.Tensor:
+    B, H, T, K = x.shape
+    return x.new_empty(B, T, H, K).transpose(1, 2)
+
+
+def _as_BTHK(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def check(q, k, v, window, mask) -> None:
+    """Raises KernelError where the shapes don't fit together."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise KernelError(f"flash attention: {shapes}; expected [B, H, T, K], and [B, G, S, K] twice.")
+    if k.shape[1] == 0 and q.shape[1] or k.shape[1] and q.shape[1] % k.shape[1]:
+        raise KernelError(f"flash attention: {shapes}; the heads of q must be a multiple of those of k and v.")
+    if window is not None and window < 1:
+        raise KernelError(f"flash attention: window={window}; expected 1 (a query sees its own key only) or more, or None.")
+    if mask is not None:
+        wanted = (*q.shape[:3], k.shape[2])
+        try:
+            fits = torch.broadcast_shapes(mask.shape, wanted) == wanted
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise KernelError(f"flash attention: mask {list(mask.shape)}; expected what broadcasts to {list(wanted)}.")
+
+
+def available() -> bool:
+    """Can the C code be built on this machine?"""
+    return _native.available()
+
+
+def native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
+    """Does the C code serve these operands?"""
+    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in (q, k, v))
+    return fits and (mask is None or mask.dtype in (torch.bool, torch.float32)) and available()
+
+
+class _Tensor(ctypes.Structure):
+    """Address, and strides of batch, head and time."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("b", long), ("h", long), ("t", long)]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, long) for name in ("B", "H", "G", "T", "S", "K", "left", "right")]
+    _fields_ += [("scale", ctypes.c_float), ("mask", _Tensor), ("mask_s", long)]
+
+
+class _Arrays(ctypes.Structure):
+    _fields_ = [(name, _Tensor) for name in ("q", "k", "v", "out", "lse", "g", "g_lse", "dq", "dk", "dv")]
+
+
+def _shape(q, k, is_causal, scale, window, mask) -> tuple[_Shape, torch.Tensor | None]:
+    """The description for the C code, and the mask that it points into."""
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    scale = 1 / math.sqrt(K) if scale is None else scale
+    reach = T + S if window is None else min(window - 1, T + S)
+    shape = _Shape(B, H, G, T, S, K, reach, 0 if is_causal else reach, scale)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        mask = mask.expand(B, H, T, S)
+        shape.mask, shape.mask_s = _describe(mask), mask.stride(3)
+    return shape, mask
+
+
+def _describe(x: torch.Tensor | None) -> _Tensor:
+    return _Tensor() if x is None else _Tensor(x.data_ptr(), *x.stride()[:3])
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Itself, or a copy, if the numbers of a head don't lie side by side."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def forward(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    """The C code into preallocated outputs: out [B, H, T, K] (last stride 1) and the log-sum-exp [B, H, T]."""
+    _forward(*outputs, *args, **kwargs)
+
+
+def _forward(out, lse, q, k, v, is_causal=False, scale=None, window=None, mask=None):
+    shape, mask = _shape(q, k, is_causal, scale, window, mask)
+    q, k, v = map(_rows, (q, k, v))
+    arrays = _Arrays(*map(_describe, (q, k, v, out, lse)))
+    _memory(_native.library.attention_forward(ctypes.byref(shape), ctypes.byref(arrays)))
+
+
+def backward(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    """The C code into preallocated gradients of q, k and v (last stride 1)."""
+    _backward(*outputs, *args, **kwargs)
+
+
+def _backward(dq, dk, dv, g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
+    shape, mask = _shape(q, k, is_causal, scale, window, mask)
+    g, q, k, v, out = map(_rows, (g, q, k, v, out))
+    arrays = _Arrays(*map(_describe, (q, k, v, out, lse, g, g_lse, dq, dk, dv)))
+    _memory(_native.library.attention_backward(ctypes.byref(shape), ctypes.byref(arrays)))
+
+
+def _memory(failed: int) -> None:
+    if failed:
+        raise MemoryError("flash attention: no memory for its blocks")
+
+
+def aten_forward(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    """`forward` for the arguments of aten::_scaled_dot_product_flash_attention_for_cpu."""
+    q, k, v, _, is_causal = (*args, 0.0, False)[:5] if len(args) < 5 else args
+    _forward(*outputs, q, k, v, is_causal, **_aten_options(**kwargs))
+
+
+def aten_backward(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    """`backward` for the arguments of aten::_scaled_dot_product_flash_attention_for_cpu_backward."""
+    g, q, k, v, out, lse, _, is_causal = args
+    _backward(*outputs, g, q, k, v, out, lse, is_causal, **_aten_options(**kwargs))
+
+
+def _aten_options(attn_mask=None, scale=None, dropout_p=0.0, is_causal=None):
+    return {"scale": scale, "mask": attn_mask}

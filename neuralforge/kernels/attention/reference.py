@@ -1,0 +1,53 @@
+"""The truth, in plain operators; any dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def scores(q, k, is_causal, scale, window, mask):
+    """q k^T scale, -inf where a query doesn't see a key; [B, H, T, S]."""
+    s = (q @ per_query_head(k, q).transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    T, S = s.shape[-2:]
+    ahead = torch.arange(S, device=q.device) - torch.arange(T, device=q.device).unsqueeze(1)  # key minus query
+    if is_causal:
+        s = s.masked_fill(ahead > 0, -math.inf)
+    if window is not None:
+        s = s.masked_fill(ahead.abs() >= window, -math.inf)
+    if mask is not None:
+        s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
+    return s
+
+
+def softmax(s):
+    """Weights and log-sum-exp; of a query that sees nothing 0 and -inf."""
+    blind = (s == -math.inf).all(-1)
+    s = s.masked_fill(blind.unsqueeze(-1), 0)
+    return s.softmax(-1).masked_fill(blind.unsqueeze(-1), 0), s.logsumexp(-1).masked_fill(blind, -math.inf)
+
+
+def reference(q, k, v, is_causal=False, scale=None, window=None, mask=None):
+    p, lse = softmax(scores(q, k, is_causal, scale, window, mask))
+    return p @ per_query_head(v, q), lse
+
+
+def reference_backward(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
+    # A function of g, q, k, v alone: `out` and `lse` are recomputed, so that they need no derivative of their own.
+    p, _ = softmax(scores(q, k, is_causal, scale, window, mask))
+    dp = g @ per_query_head(v, q).transpose(-2, -1)
+    mean = (dp * p).sum(-1, keepdim=True)
+    ds = p * (dp - (mean if g_lse is None else mean - g_lse.unsqueeze(-1)))
+    ds = ds * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    dk, dv = ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g
+    return ds @ per_query_head(k, q), per_group(dk, k), per_group(dv, v)
+
+
+def per_query_head(x, q):
+    """Keys or values, repeated for each head of queries."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def per_group(d, like):
+    return d if d.shape == like.shape else d.reshape(*like.shape[:2], -1, *d.shape[2:]).sum(2)
