@@ -46,13 +46,14 @@ HALF(h)
 /* ---- folding the lanes of a vector; the first n lanes of x, and those of y behind them */
 
 INLINE b BELOW(long n) { b m; for (int j = 0; j < L; j++) m[j] = j < n ? -1 : 0; return m; }
-#define FOLD(T, S) \
+#define FOLD(T, S, I) \
     INLINE T LIMIT_##T(T x, T y, long n) { return SELECT_##T(BELOW(n), x, y); } \
-    INLINE double FOLD_sum_##T(T x) { double s = 0; for (int j = 0; j < L; j++) s += x[j]; return s; } \
-    INLINE S FOLD_maximum_##T(T x) { S m = x[0]; for (int j = 1; j < L; j++) m = x[j] > m || x[j] != x[j] ? x[j] : m; return m; } \
-    INLINE S FOLD_minimum_##T(T x) { S m = x[0]; for (int j = 1; j < L; j++) m = x[j] < m || x[j] != x[j] ? x[j] : m; return m; }
-FOLD(f, float)
-FOLD(d, double)
+    INLINE T SWAP_##T(T x, int w) { I at; for (int j = 0; j < L; j++) at[j] = j ^ w; return __builtin_shuffle(x, at); } \
+    INLINE double FOLD_sum_##T(T x) { for (int w = L / 2; w; w /= 2) x += SWAP_##T(x, w); return x[0]; } \
+    INLINE S FOLD_maximum_##T(T x) { for (int w = L / 2; w; w /= 2) x = maximum_##T(x, SWAP_##T(x, w)); return x[0]; } \
+    INLINE S FOLD_minimum_##T(T x) { for (int w = L / 2; w; w /= 2) x = minimum_##T(x, SWAP_##T(x, w)); return x[0]; }
+FOLD(f, float, b)
+FOLD(d, double, l)
 
 /* ---- functions */
 
@@ -63,23 +64,12 @@ INLINE l abs_l(l x) { return maximum_l(x, -x); }
 
 /* e^x - 1 = 2^n (e^r - 1) + (2^n - 1), with 2^n halved lest it overflow before the result does. */
 INLINE f expm1_f(f x) {
-    f t = SELECT_f((b)(x > SET_f(89.0f)), SET_f(89.0f), x);
-    t = SELECT_f((b)(t < SET_f(-18.0f)), SET_f(-18.0f), t);
-    f shift = SET_f(12582912.0f);
-    f n = (t * 1.44269504088896341f + shift) - shift;
-    f r = t - n * 0.693359375f + n * 2.12194440e-4f;
-    f p = SET_f(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    f t = MAX_f(SET_f(-18.0f), MIN_f(SET_f(89.0f), x));
+    EXP_POLYNOMIAL
     p = p * r * r + r;
-    f half = (f)((__builtin_convertvector(n, b) + 126) << 23);
-    f y = 2.0f * (p * half + (half - 0.5f));
-    y = SELECT_f((b)(n == SET_f(0)), p, y);
-    y = SELECT_f((b)(x == SET_f(0)), x, y); /* -0 */
-    return SELECT_f((b)(x != x), x, y);
+    f half = (f)((whole + 126) << 23);
+    f y = SELECT_f((b)(n == SET_f(0)), p, 2.0f * (p * half + (half - 0.5f)));
+    return SELECT_f((b)(x == SET_f(0)) | (b)(x != x), x, y); /* -0 */
 }
 /* Kahan's: the rounding of 1 + x divides out. */
 INLINE f log1p_f(f x) {

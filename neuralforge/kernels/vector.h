@@ -71,45 +71,64 @@ INLINE d FIRST_d(d x, long n) { d y = {}; for (long j = 0; j < n; j++) y[j] = x[
 #define EACH(T, name, call) INLINE T name(T x) { T y; for (int j = 0; j < L; j++) y[j] = call(x[j]); return y; }
 #define EACH2(T, name, call) INLINE T name(T x, T z) { T y; for (int j = 0; j < L; j++) y[j] = call(x[j], z[j]); return y; }
 
-#if defined(__AVX512F__)
-INLINE f sqrt_f(f x) { f y; __asm__("vsqrtps %1, %0" : "=v"(y) : "v"(x)); return y; }
-#elif defined(__AVX2__)
-INLINE f sqrt_f(f x) { f y; __asm__("vsqrtps %1, %0" : "=x"(y) : "x"(x)); return y; }
+/* MIN and MAX give y if either is a NaN. */
+#if defined(__AVX512F__) || defined(__AVX2__)
+#ifdef __AVX512F__
+#define REGISTER "v"
+#else
+#define REGISTER "x"
+#endif
+INLINE f sqrt_f(f x) { f y; __asm__("vsqrtps %1, %0" : "=" REGISTER(y) : REGISTER(x)); return y; }
+INLINE f MIN_f(f x, f y) { f z; __asm__("vminps %2, %1, %0" : "=" REGISTER(z) : REGISTER(x), REGISTER(y)); return z; }
+INLINE f MAX_f(f x, f y) { f z; __asm__("vmaxps %2, %1, %0" : "=" REGISTER(z) : REGISTER(x), REGISTER(y)); return z; }
 #else
 EACH(f, sqrt_f, __builtin_sqrtf)
+INLINE f MIN_f(f x, f y) { return SELECT_f((b)(x < y), x, y); }
+INLINE f MAX_f(f x, f y) { return SELECT_f((b)(x > y), x, y); }
 #endif
 EACH(d, sqrt_d, __builtin_sqrt)
 
 INLINE f abs_f(f x) { return (f)((b)x & 0x7fffffff); }
 INLINE d abs_d(d x) { return (d)((l)x & 0x7fffffffffffffffL); }
 /* As in PyTorch, a NaN on either side wins. */
-INLINE f maximum_f(f x, f y) { return SELECT_f((b)((x > y) | (x != x)), x, y); }
+INLINE f maximum_f(f x, f y) { return SELECT_f((b)(x != x), x, MAX_f(x, y)); }
 INLINE d maximum_d(d x, d y) { return SELECT_d(MASK_d((x > y) | (x != x)), x, y); }
-INLINE f minimum_f(f x, f y) { return SELECT_f((b)((x < y) | (x != x)), x, y); }
+INLINE f minimum_f(f x, f y) { return SELECT_f((b)(x != x), x, MIN_f(x, y)); }
 INLINE d minimum_d(d x, d y) { return SELECT_d(MASK_d((x < y) | (x != x)), x, y); }
 INLINE f relu_f(f x) { return SELECT_f((b)(x < SET_f(0)), SET_f(0), x); }
 INLINE d relu_d(d x) { return SELECT_d(MASK_d(x < SET_d(0)), SET_d(0), x); }
 
 /* ---- float: polynomials, at most 2 ulp */
 
-/* e^x = 2^n e^r, |r| <= ln 2 / 2; coefficients of the Cephes library (Moshier 1989). 2^n in two factors, so that
-   results below the normal range come out right. */
+/* e^x = 2^n e^r, |r| <= ln 2 / 2; coefficients of the Cephes library (Moshier 1989). */
+#define EXP_POLYNOMIAL \
+    f shift = SET_f(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */ \
+    f n = (t * 1.44269504088896341f + shift) - shift; \
+    f r = t - n * 0.693359375f + n * 2.12194440e-4f; \
+    f p = SET_f(1.9875691500e-4f); \
+    p = p * r + 1.3981999507e-3f; \
+    p = p * r + 8.3334519073e-3f; \
+    p = p * r + 4.1665795894e-2f; \
+    p = p * r + 1.6666665459e-1f; \
+    p = p * r + 5.0000001201e-1f; \
+    b whole = __builtin_convertvector(n, b);
+
+/* 2^n in two factors, so that results below the normal range come out right; zeros aren't computed that way, as
+   underflow is slow and masks make many of them. */
 INLINE f exp_f(f x) {
-    f t = SELECT_f((b)(x > SET_f(89.0f)), SET_f(89.0f), x);
-    t = SELECT_f((b)(t < SET_f(-104.0f)), SET_f(-104.0f), t);
-    f shift = SET_f(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
-    f n = (t * 1.44269504088896341f + shift) - shift;
-    f r = t - n * 0.693359375f + n * 2.12194440e-4f;
-    f p = SET_f(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    b zero = (b)(x < SET_f(-104.0f)), half;
+    f t = (f)((b)MIN_f(SET_f(89.0f), x) & ~zero);
+    EXP_POLYNOMIAL
     p = p * r * r + r + 1.0f;
-    b whole = __builtin_convertvector(n, b), half = whole >> 1;
-    f y = p * (f)((half + 127) << 23) * (f)((whole - half + 127) << 23);
-    return SELECT_f((b)(x != x), x, y);
+    half = whole >> 1;
+    return (f)((b)(p * (f)((half + 127) << 23) * (f)((whole - half + 127) << 23)) & ~zero);
+}
+
+/* e^t - 1 without special cases, for t between -87 and 87. */
+INLINE f expm1_within_f(f t) {
+    EXP_POLYNOMIAL
+    f scale = (f)((whole + 127) << 23);
+    return (p * r * r + r) * scale + (scale - 1.0f);
 }
 
 /* tanh x = 1 - 2 / (e^2x + 1); an odd polynomial (Cephes) where that would cancel. */
@@ -120,11 +139,9 @@ INLINE f tanh_f(f x) {
     p = p * s - 5.37397155531e-2f;
     p = p * s + 1.33314422036e-1f;
     p = p * s - 3.33332819422e-1f;
-    f small = p * s * x + x;
-    f large = 1.0f - 2.0f / (exp_f(a + a) + 1.0f);
+    f large = 1.0f - 2.0f / (expm1_within_f(MIN_f(a + a, SET_f(20.0f))) + 2.0f);
     large = (f)((b)large | ((b)x & (int)0x80000000));
-    f y = SELECT_f((b)(a < SET_f(0.625f)), small, large);
-    return SELECT_f((b)(x != x), x, y);
+    return SELECT_f((b)(a >= SET_f(0.625f)), large, p * s * x + x);
 }
 
 INLINE f sigmoid_f(f x) { return 1.0f / (1.0f + exp_f(-x)); }
@@ -165,8 +182,7 @@ INLINE f erf_f(f x) {
     q = q * a - 6.34846687e-1f;
     q = q * a - 1.28717512e-1f;
     q = q * a - a;
-    q = SELECT_f((b)(a > SET_f(4.0f)), SET_f(-100.0f), q);
-    f large = 1.0f - exp_f(q);
+    f large = -expm1_within_f(MAX_f(q, SET_f(-17.0f)));
     large = (f)((b)large | ((b)x & (int)0x80000000));
     f p = SET_f(-5.96761703e-4f);
     p = p * s + 4.99119423e-3f;
@@ -174,8 +190,7 @@ INLINE f erf_f(f x) {
     p = p * s + 1.12819925e-1f;
     p = p * s - 3.76125336e-1f;
     p = p * s + 1.28379166e-1f;
-    f y = SELECT_f((b)(a > SET_f(0.927734375f)), large, p * x + x);
-    return SELECT_f((b)(x != x), x, y);
+    return SELECT_f((b)(a > SET_f(0.927734375f)), large, p * x + x);
 }
 EACH(f, sin_f, __builtin_sinf)
 EACH(f, cos_f, __builtin_cosf)
