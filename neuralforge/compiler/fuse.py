@@ -10,6 +10,7 @@ joined too. A cheap result that only other groups read is computed there again r
 from __future__ import annotations
 
 import heapq
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from .layout import Layout
 from .reductions import Role, role
+from .sink import sink
 from .space import contiguous, cuts_of, memory_order, place, refine, sizes_of, squash
 
 aten = torch.ops.aten
@@ -76,6 +78,8 @@ class Fused:
 def fuse(graph: Graph) -> Graph:
     """Replace groups of fusible equations by one equation each, whose operator is a `Fused`."""
     groups = _Grower(graph).groups()
+    graph = sink(graph, groups, LOOKED_THROUGH)
+    groups = [group for group in groups if group.equations]
     members = {eq: group for group in groups for eq in group.equations}
     used_outside = _escaping(graph, members)
     emitted: list[Equation] = []
@@ -84,7 +88,7 @@ def fuse(graph: Graph) -> Graph:
     return graph.replace(equations=_without_dead_views(emitted, graph.outputs))
 
 
-class _Group:
+class Group:
     """Equations in the making of a kernel. The elements are known by their number and, unless contiguous, by shape
     and strides; `kinds` tells of each result what it is (see `Role`), `reads` how operands are read."""
 
@@ -151,7 +155,31 @@ class _Group:
         for v, kind in zip(eq.results, r.results):
             self.kinds[v] = "row" if row else kind if kind in ("full", "row") else "end"
 
-    def joins(self, other: _Group) -> tuple | None:
+    def rebuilt(self, equations: list[Equation], views: list[Equation]) -> Group | None:
+        """A group over the same elements with other members; None if they don't fit together."""
+        new = copy(self)
+        new.equations, new.views, new.cuts, new.kinds, new.reads = [], views, [], {}, []
+        base = {view.outputs: view.args[0] for view in views}
+        for eq in equations:
+            kinds = {}
+            for v in eq.inputs:
+                source = v
+                while source in base:
+                    source = base[source]
+                if source in new.kinds:
+                    kinds[v] = new.kinds[source]
+            r = role(eq)
+            fit = new.fit(eq, r, kinds)
+            if fit is None:
+                return None
+            new.add(eq, r, fit)
+        return new if len(new.inputs()) <= MAX_OPERANDS else None
+
+    def take(self, other: Group) -> None:
+        """Become the other group."""
+        self.__dict__.update(other.__dict__)
+
+    def joins(self, other: Group) -> tuple | None:
         """What the two together would have, or None if they don't go together."""
         if (self.total, self.strided) != (other.total, other.strided):
             return None
@@ -182,8 +210,8 @@ class _Grower:
 
     def __init__(self, graph: Graph):
         self.graph = graph
-        self.all: list[_Group] = []
-        self.group_of: dict[Value, _Group] = {}
+        self.all: list[Group] = []
+        self.group_of: dict[Value, Group] = {}
         self.depends: list[int] = []
         self.node_of: dict[Value, int] = {}
         self.views: dict[Value, Equation] = {}  # views looked through, by their result
@@ -193,7 +221,7 @@ class _Grower:
         for group in self.all:
             self._put_in_order(group)
 
-    def groups(self) -> list[_Group]:
+    def groups(self) -> list[Group]:
         return [g for g in self.all if _worthwhile(g)]
 
     def _visit(self, eq: Equation) -> None:
@@ -224,9 +252,9 @@ class _Grower:
         for v in eq.results:
             self.group_of[v], self.node_of[v] = group, group.index
 
-    def _join(self, eq: Equation, r: Role) -> _Group | None:
+    def _join(self, eq: Equation, r: Role) -> Group | None:
         """The group of an equation: joined, merged from several, or new."""
-        joined: _Group | None = None
+        joined: Group | None = None
         for source in dict.fromkeys(self.group_of[v] for v in eq.inputs if v in self.group_of):
             if source is joined or source not in self.all:
                 continue
@@ -242,14 +270,14 @@ class _Grower:
                 joined = source
             else:
                 trial = {**self._kinds(eq, joined), **self._kinds(eq, source)}
-                probe = _Group(0, r)
+                probe = Group(0, r)
                 probe.total, probe.strided, probe.order = joined.total, joined.strided, joined.order
                 probe.columns, probe.cuts = together
                 probe.reads = [*joined.reads, *source.reads]
                 if probe.fit(eq, r, trial) is not None:
                     self._merge(joined, source, together)
         if joined is None:
-            joined = _Group(len(self.depends), r)
+            joined = Group(len(self.depends), r)
             self.depends.append(0)
             fit = joined.fit(eq, r, {})
             if fit is None:  # rows that aren't evenly spaced, or not contiguous
@@ -259,7 +287,7 @@ class _Grower:
         joined.add(eq, r, joined.fit(eq, r, self._kinds(eq, joined)))
         return joined
 
-    def _kinds(self, eq: Equation, group: _Group) -> dict[Value, str]:
+    def _kinds(self, eq: Equation, group: Group) -> dict[Value, str]:
         return {v: group.kinds[self._base(v)] for v in eq.inputs if self.group_of.get(v) is group}
 
     def _base(self, v: Value) -> Value:
@@ -267,7 +295,7 @@ class _Grower:
             v = self.views[v].args[0]
         return v
 
-    def _cyclic(self, eq: Equation, source: _Group, joined: _Group | None) -> bool:
+    def _cyclic(self, eq: Equation, source: Group, joined: Group | None) -> bool:
         """Would a path lead from the group through another node back to this equation?"""
         mine = 1 << source.index
         own = {source.index} if joined is None else {source.index, joined.index}
@@ -276,7 +304,7 @@ class _Grower:
             return True
         return any(self.depends[n] & mine for n in others)
 
-    def _merge(self, into: _Group, other: _Group, together: tuple) -> None:
+    def _merge(self, into: Group, other: Group, together: tuple) -> None:
         into.columns, into.cuts = together
         into.equations += other.equations
         into.kinds.update(other.kinds)
@@ -303,7 +331,7 @@ class _Grower:
         heavy_before = [0]
         for ok in light:
             heavy_before.append(heavy_before[-1] + (not ok))
-        readers: dict[Value, list[_Group]] = {}
+        readers: dict[Value, list[Group]] = {}
         for group in self.all:
             for v in group.inputs():
                 if v.fake.numel() >= LARGE:
@@ -319,7 +347,7 @@ class _Grower:
                 if together is not None:
                     self._merge(a, b, together)
 
-    def _put_in_order(self, group: _Group) -> None:
+    def _put_in_order(self, group: Group) -> None:
         """Members in the order of the program, with copies of the views that lie between them."""
         order = {eq: i for i, eq in enumerate(self.graph.equations)}
         group.equations.sort(key=order.__getitem__)
@@ -332,14 +360,14 @@ class _Grower:
         group.views = sorted(views.values(), key=order.__getitem__)
 
 
-def _worthwhile(group: _Group) -> bool:
+def _worthwhile(group: Group) -> bool:
     if len(group.equations) > 1:
         return True
     eq = group.equations[0]
     return eq.op in WORTH_ALONE and group.total >= 4096
 
 
-def _escaping(graph: Graph, members: dict[Equation, _Group]) -> set[Value]:
+def _escaping(graph: Graph, members: dict[Equation, Group]) -> set[Value]:
     """Values read outside the group that makes them. A view counts as a reader if anybody outside reads it."""
     found = set(leaves(graph.outputs))
     maker = {v: group for eq, group in members.items() for v in eq.results}
@@ -363,7 +391,7 @@ def _without_dead_views(equations: list[Equation], outputs: list) -> list[Equati
     return kept[::-1]
 
 
-def _ordered(graph: Graph, members: dict[Equation, _Group]) -> list[Any]:
+def _ordered(graph: Graph, members: dict[Equation, Group]) -> list[Any]:
     """Equations and groups in an order that respects dependencies: earliest first, a group counting as its last
     member."""
     node_of: dict[Value, Any] = {}
@@ -394,7 +422,7 @@ def _ordered(graph: Graph, members: dict[Equation, _Group]) -> list[Any]:
     return result
 
 
-def _fused_equation(group: _Group, used_outside: set[Value]) -> Equation:
+def _fused_equation(group: Group, used_outside: set[Value]) -> Equation:
     inputs = group.inputs()
     outputs = [v for eq in group.equations for v in eq.results if v in used_outside]
     env: dict[Value, Value] = {}

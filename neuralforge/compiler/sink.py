@@ -1,0 +1,158 @@
+"""Sinking: a cheap result of one group that only other groups read is computed again in each of them, rather than
+stored by one and loaded by the others. So a bias added before an activation, or a row scaled by its norm, costs no
+memory between the forward and the backward pass."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from ..graph.ir import Equation, Graph, Value, leaves, substitute
+from .pointwise import price, supported
+
+if TYPE_CHECKING:
+    from .fuse import Group
+
+CHEAP = 5
+"""The most additions that computing a result again may cost."""
+READERS = 2
+"""The most groups that compute a result again."""
+
+
+def sink(graph: Graph, groups: list[Group], looked_through: set) -> Graph:
+    """The graph with such results computed where they are read; `groups` are changed to match."""
+    return _Sink(graph, groups, looked_through).run()
+
+
+class _Sink:
+    def __init__(self, graph: Graph, groups: list[Group], looked_through: set):
+        self.graph, self.groups, self.looked_through = graph, groups, looked_through
+        self.outputs = set(leaves(graph.outputs))
+        self.free = {*graph.inputs, *graph.constants}
+        self.names = itertools.count()
+        self._index()
+
+    def _index(self) -> None:
+        self.group_of = {eq: g for g in self.groups for eq in g.equations}
+        self.users = self.graph.users()
+        self.producer = self.graph.producers()
+
+    def run(self) -> Graph:
+        for v in [v for eq in reversed(self.graph.equations) for v in eq.results]:
+            eq = self.producer.get(v)
+            if eq in self.group_of and supported(eq) and v not in self.outputs:
+                self._try(v, self.group_of[eq])
+        return self.graph
+
+    def _try(self, v: Value, home: Group) -> None:
+        readers: dict[Group, list[Equation]] = {}  # with the views through which they read
+        if not self._readers(v, home, [], readers) or not 0 < len(readers) <= READERS:
+            return
+        cone = self._cone(v, home)
+        if cone is None:
+            return
+        made = {x for eq in cone for x in eq.results}
+        needs = [x for x in dict.fromkeys(x for eq in cone for x in eq.inputs) if x not in made]
+        for group in readers:
+            has = group.inputs()
+            new = sum(x.nbytes for x in needs if x not in has and x not in self.free and x.fake.numel() * 8 > v.fake.numel())
+            if new > v.nbytes:
+                return
+        changes = [self._moved(v, group, views, cone) for group, views in readers.items()]
+        if all(c is not None for c in changes):
+            for group, change in zip(readers, changes):
+                self._apply(group, *change)
+            self._prune(home)
+            self._index()
+
+    def _readers(self, v: Value, home: Group, path: list[Equation], found: dict[Group, list[Equation]]) -> bool:
+        """Fill `found`; False if somebody outside the groups reads the value."""
+        if v in self.outputs:
+            return False
+        for eq in self.users.get(v, []):
+            group = self.group_of.get(eq)
+            if group is home:
+                continue
+            if group is not None:
+                views = found.setdefault(group, [])
+                views.extend(p for p in path if p not in views)
+            elif eq.op not in self.looked_through or not self._readers(eq.outputs, home, [*path, eq], found):
+                return False
+        return True
+
+    def _cone(self, v: Value, home: Group) -> list[Equation] | None:
+        """The members of the group that make the value from what is in memory anyway; None if they aren't cheap."""
+        cone: list[Equation] = []
+        waiting, cost = [v], 0
+        while waiting:
+            eq = self.producer[waiting.pop()]
+            if eq in cone:
+                continue
+            cost += price(eq) if supported(eq) else CHEAP + 1
+            if cost > CHEAP:
+                return None
+            cone.append(eq)
+            for x in eq.inputs:
+                maker = self.group_of.get(self.producer.get(x))
+                if maker is home and x is not v and not self._stored(x, home):
+                    waiting.append(x)
+                elif x in {w for view in home.views for w in view.results}:
+                    return None  # inside the group it is read through a view
+        order = {eq: i for i, eq in enumerate(self.graph.equations)}
+        return sorted(cone, key=order.__getitem__)
+
+    def _stored(self, v: Value, home: Group) -> bool:
+        return v in self.outputs or any(self.group_of.get(eq) is not home for eq in self.users.get(v, []))
+
+    def _moved(self, v: Value, group: Group, views: list[Equation], cone: list[Equation]) -> tuple | None:
+        """The group with the cone computed in it: (group, copies, views, replaced members); None if it doesn't fit."""
+        env: dict[Value, Value] = {}
+
+        def again(eq: Equation) -> Equation:
+            for x in eq.results:
+                env[x] = Value(f"{x}_again{next(self.names)}", x.fake)
+            args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
+            return Equation(eq.op, args, kwargs, substitute(eq.outputs, env), eq.source, "recomputed")
+
+        copies = [again(eq) for eq in cone]
+        own_views = [again(eq) for eq in views]
+        own_views += [again(eq) for eq in group.views if eq.args[0] in env]
+        env = {x: y for x, y in env.items() if x is v or any(x in eq.results for eq in (*views, *group.views))}
+        members = {
+            eq: Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+            if any(x in env for x in eq.inputs)
+            else eq
+            for eq in group.equations
+        }
+        trial = group.rebuilt([*copies, *members.values()], [*group.views, *own_views])
+        return None if trial is None else (trial, copies, members)
+
+    def _apply(self, group: Group, trial: Group, copies: list[Equation], members: dict[Equation, Equation]) -> None:
+        first = group.equations[0]
+        equations: list[Equation] = []
+        for eq in self.graph.equations:
+            if eq is first:
+                equations += copies
+            equations.append(members.get(eq, eq))
+        self.graph = self.graph.replace(equations=equations)
+        group.take(trial)
+
+    def _prune(self, home: Group) -> None:
+        """Drop members of the group, and views, that nobody reads any longer."""
+        used = set(self.outputs)
+        kept = []
+        for eq in reversed(self.graph.equations):
+            ours = eq in home.equations or eq.op in self.looked_through and self.group_of.get(eq) is None
+            if ours and not any(v in used for v in eq.results):
+                continue
+            used.update(eq.inputs)
+            for view in home.views if eq in home.equations else ():
+                used.update(view.inputs)
+            kept.append(eq)
+        self.graph = self.graph.replace(equations=kept[::-1])
+        alive = set(kept)
+        left = [eq for eq in home.equations if eq in alive]
+        if len(left) < len(home.equations):
+            trial = home.rebuilt(left, home.views)
+            if trial is not None:
+                home.take(trial)
