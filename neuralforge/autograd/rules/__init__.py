@@ -1,6 +1,7 @@
 """Derivative rules, a file for each family of operators."""
 
 from . import (  # noqa: F401  (they register themselves)
+    attention,
     choice,
     convolution,
     distance,

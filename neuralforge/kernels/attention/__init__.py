@@ -204,19 +204,3 @@ def _backward(dq, dk, dv, g, q, k, v, out, lse, is_causal=False, scale=None, win
 def _memory(failed: int) -> None:
     if failed:
         raise MemoryError("flash attention: no memory for its blocks")
-
-
-def aten_forward(outputs: tuple, args: tuple, kwargs: dict) -> None:
-    """`forward` for the arguments of aten::_scaled_dot_product_flash_attention_for_cpu."""
-    q, k, v, _, is_causal = (*args, 0.0, False)[:5] if len(args) < 5 else args
-    _forward(*outputs, q, k, v, is_causal, **_aten_options(**kwargs))
-
-
-def aten_backward(outputs: tuple, args: tuple, kwargs: dict) -> None:
-    """`backward` for the arguments of aten::_scaled_dot_product_flash_attention_for_cpu_backward."""
-    g, q, k, v, out, lse, _, is_causal = args
-    _backward(*outputs, g, q, k, v, out, lse, is_causal, **_aten_options(**kwargs))
-
-
-def _aten_options(attn_mask=None, scale=None, dropout_p=0.0, is_causal=None):
-    return {"scale": scale, "mask": attn_mask}

@@ -128,7 +128,7 @@ INLINE void tile(const int N, long n, const float *a, long ai, long ak, const fl
         for (int j = 0; j < N; j++) y[j] = load_f(b + j * L);
         #pragma GCC unroll 4
         for (int i = 0; i < MR; i++) {
-            f s = SET_f(a[i * ai]);
+            f s = a[i * ai] - (f){}; /* a broadcast */
             #pragma GCC unroll 4
             for (int j = 0; j < N; j++) x[i][j] += s * y[j];
         }
@@ -239,42 +239,52 @@ static void weights(const Shape *z, Block w, float *s, float *top, float *total,
 
 INLINE float *take(float **memory, long n) { float *p = *memory; *memory += up(n, 16); return p; }
 
-static void forward_block(const Shape *z, const Arrays *x, long b, long h, long q, float *memory) {
-    long K = z->K, P = up(K, L), g = h / (z->H / z->G), nq = least(BQ, z->T - q);
-    float *qt = take(&memory, P * BQ), *s = take(&memory, BK * BQ), *key = take(&memory, BK * P);
-    float *value = take(&memory, BK * P), *o = take(&memory, BQ * P);
+/* The queries q .. q + nq of a head. Keys and values are copied when first needed, side by side. */
+static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q, long nq, float *memory) {
+    long K = z->K, P = up(K, L), g = h / (z->H / z->G), first = most(0, q - z->left), ready = first;
+    int once = nq <= BQ; /* no copy serves again */
+    float *qt = take(&memory, P * BQ), *s = take(&memory, BK * BQ), *o = take(&memory, BQ * P);
     float *top = take(&memory, BQ), *total = take(&memory, BQ), *decay = take(&memory, BQ);
+    float *keys = take(&memory, up(z->S, BK) * P), *values = take(&memory, up(z->S, BK) * P);
     const float *mask = z->mask.at ? row(z->mask, b, h, 0) : 0;
-    transpose_in(qt, row(x->q, b, h, q), x->q.t, nq, K, P, z->scale * LOG2E);
-    for (long i = 0; i < BQ; i++) top[i] = -INF, total[i] = 0;
-    __builtin_memset(o, 0, BQ * P * sizeof(float));
-    long end = least(z->S, q + nq + z->right);
-    for (long k = most(0, q - z->left); k < end; k += BK) {
-        Block w = {q, nq, k, least(BK, end - k)};
-        copy_in(key, row(x->k, b, g, k), x->k.t, w.nk, K, P);
-        copy_in(value, row(x->v, b, g, k), x->v.t, w.nk, K, P);
-        scores(z, w, key, P, qt, s);
-        weights(z, w, s, top, total, decay, mask);
-        to_queries(z, w, s, value, P, o, decay);
+    for (long i = q; i < q + nq; i += BQ) {
+        long n = least(BQ, q + nq - i), end = least(z->S, i + n + z->right);
+        transpose_in(qt, row(x->q, b, h, i), x->q.t, n, K, P, z->scale * LOG2E);
+        for (long t = 0; t < BQ; t++) top[t] = -INF, total[t] = 0;
+        __builtin_memset(o, 0, BQ * P * sizeof(float));
+        for (long k = first + most(0, i - z->left - first) / BK * BK; k < end; k += BK) {
+            Block w = {i, n, k, least(BK, end - k)};
+            float *key = keys + (once ? 0 : (k - first) * P), *value = values + (once ? 0 : (k - first) * P);
+            if (k >= ready) {
+                ready = least(k + BK, z->S);
+                copy_in(key, row(x->k, b, g, k), x->k.t, ready - k, K, P);
+                copy_in(value, row(x->v, b, g, k), x->v.t, ready - k, K, P);
+            }
+            scores(z, w, key, P, qt, s);
+            weights(z, w, s, top, total, decay, mask);
+            to_queries(z, w, s, value, P, o, decay);
+        }
+        for (long t = 0; t < n; t++) {
+            *row(x->lse, b, h, i + t) = total[t] == 0 ? -INF : (double)top[t] * LN2 + __builtin_log(total[t]);
+            total[t] = total[t] == 0 ? 0 : 1 / total[t];
+        }
+        copy_out(row(x->out, b, h, i), x->out.t, o, n, K, P, total, 0);
     }
-    for (long i = 0; i < nq; i++) {
-        *row(x->lse, b, h, q + i) = total[i] == 0 ? -INF : (double)top[i] * LN2 + __builtin_log(total[i]);
-        total[i] = total[i] == 0 ? 0 : 1 / total[i];
-    }
-    copy_out(row(x->out, b, h, q), x->out.t, o, nq, K, P, total, 0);
 }
 
+/* A part for each head; for parts of heads, where those are few for the threads. Returns nonzero without memory. */
 long attention_forward(const Shape *z, const Arrays *x) {
-    long P = up(z->K, L), blocks = up(z->T, BQ) / BQ, failed = 0;
-    long size = 2 * BQ * P + 2 * BK * P + BK * BQ + 3 * BQ + 8 * 16;
+    long P = up(z->K, L), heads = z->B * z->H, blocks = up(z->T, BQ) / BQ, failed = 0;
+    long run = clamp(blocks * heads / (6 * omp_get_max_threads()), 1, blocks), parts = up(blocks, run) / run;
+    long size = 2 * BQ * P + 2 * up(z->S, BK) * P + BK * BQ + 3 * BQ + 8 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));
         failed |= !memory;
         #pragma omp for schedule(dynamic)
-        for (long n = 0; n < z->B * z->H * blocks; n++) {
-            long head = n / blocks, i = blocks - 1 - n % blocks; /* the longest first */
-            if (memory) forward_block(z, x, head / z->H, head % z->H, i * BQ, memory);
+        for (long n = 0; n < parts * heads; n++) {
+            long head = n % heads, q = (parts - 1 - n / heads) * run * BQ; /* causal: the longest first */
+            if (memory) forward_part(z, x, head / z->H, head % z->H, q, least(run * BQ, z->T - q), memory);
         }
         free(memory);
     }
