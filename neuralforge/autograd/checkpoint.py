@@ -7,6 +7,7 @@ number of ranks. A policy can keep more: matrix products, say, or what the model
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,10 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import DifferentiationError
 from ..graph import source
-from ..graph.tracer import Tracer
-from .custom import differentiating
+from ..graph.ir import map_tree
+from ..graph.tracer import Tracer, operator_traits
+from .custom import differentiating, meaning, name_of
 from .forward import Forward
-from .tape import Tape
+from .rules.table import find_definition, find_rule
+from .tape import Tape, descend
 
 aten = torch.ops.aten
 
@@ -44,71 +47,126 @@ def checkpoint_name(x: torch.Tensor, name: str) -> torch.Tensor:
     """`x`, under a name that checkpoint policies know it by."""
     for mode in reversed(_get_current_dispatch_mode_stack()):
         if isinstance(mode, _Keeper):
-            return mode.named(x, name)
+            x = mode.named(x, name)
     return x
 
 
 def checkpoint(f: Callable, policy: Policy | None = None) -> Callable:
-    """`f` (of pytrees of tensors, closing over no differentiated tensor) without its residuals: reverse mode keeps the
-    arguments and what `policy` says (by default nothing but random draws), and runs `f` again when it needs the rest.
-    Forward mode and plain calls are unchanged.
+    """`f` (of pytrees of tensors; a function or module) without its residuals: reverse mode keeps the arguments, what
+    `f` closes over, and what `policy` says (by default nothing but random draws), and runs `f` again when it needs the
+    rest. Forward mode and plain calls are unchanged. In-place writes to tensors from outside happen once.
     """
+    name = name_of(f)
+    if isinstance(f, torch.nn.Module):
+        # Its parameters are arguments too: functional_call may have put others in their place by the second run.
+        run = checkpoint(lambda state, args, kwargs: torch.func.functional_call(f, state, args, kwargs), policy)
+        return lambda *args, **kwargs: run({**dict(f.named_parameters()), **dict(f.named_buffers())}, args, kwargs)
 
     @wraps(f)
-    def checkpointed(*args: Any) -> Any:
-        tape = differentiating(args)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        tape = differentiating((args, kwargs))
         if tape is None or isinstance(tape, Forward):
-            return f(*args)
-        kept: list = []
+            return f(*args, **kwargs)
+        args, kwargs = meaning(tape, (args, kwargs))
+        first = _Keeper(policy, [], tape=tape)
         with tape.paused():
-            with _Keeper(policy, kept, replay=False):
-                out = f(*args)
-        outputs, out_tree = tree_flatten(out)
-        inputs, in_tree = tree_flatten(args)
-        inputs = [tape.now(x) for x in inputs]
+            with first:
+                outputs, out_tree = tree_flatten(f(*args, **kwargs))
+                outputs = [first.now(y) for y in outputs]
+            first.write_back()
+        given, in_tree = tree_flatten((args, kwargs))
+        known = {id(x) for x in given}
+        outside = [(raw, x) for raw, x in first.outside.values() if id(raw) not in known]
+        inputs = [*given, *(x for _, x in outside)]
 
         def pull(gs: list) -> list:
             again = Tape()
+            second = _Keeper(policy, list(first.kept), replay=again)
+            line = source.user_line() if source.capturing else ""
             with torch.no_grad():
-                with _Keeper(policy, list(kept), replay=True), again, source.attributed(source.user_line(), "recomputed"):
+                with again, source.attributed(line, "recomputed"):
                     watched = [again.watch(x) if tape.node(x) is not None else x for x in inputs]
-                    results, tree = tree_flatten(f(*tree_unflatten(watched, in_tree)))
+                    for (raw, _), x in zip(outside, watched[len(given) :]):
+                        second.stand_in(raw, x)
+                    with second:
+                        a, k = tree_unflatten(watched[: len(given)], in_tree)
+                        results, tree = tree_flatten(f(*a, **k))
+                        results = [second.now(y) for y in results]
                     results = [again.now(y) for y in results]
-                if tree != out_tree:
-                    raise DifferentiationError(f"{f.__name__} returned another structure when it was run again: {tree}.")
-                leaves = [w for w in watched if again.node(w) is not None]
-                found = iter(again.pull(results, gs, leaves))
-            return [next(found) if again.node(w) is not None else None for w in watched]
+                if tree != out_tree or second.kept or second.unread:
+                    raise _diverged(name)
+                found = again.pull(results, gs, [w for w in watched if again.node(w) is not None])
+            back = iter(found)
+            return [next(back) if again.node(w) is not None else None for w in watched]
 
-        return tree_unflatten(tape.attach(outputs, inputs, pull, f"checkpoint {f.__name__}"), out_tree)
+        return tree_unflatten(tape.attach(outputs, inputs, pull, f"checkpoint {name}"), out_tree)
 
     return checkpointed
 
 
 class _Keeper(Tracer):
-    """Keeps chosen results in the order they are made; in the second run, hands them out instead of computing them."""
+    """Innermost while `f` runs. The first time it keeps chosen results, in the order they are made, and notes which
+    tensors from outside `f` reads; the second time it hands the results out, put on the tape `replay`, instead of
+    computing them."""
 
-    def __init__(self, policy: Policy | None, kept: list, replay: bool):
+    def __init__(self, policy: Policy | None, kept: list, tape: Tape | None = None, replay: Tape | None = None):
         super().__init__()
-        self.policy, self.kept, self.replay = policy, kept, replay
+        self.policy, self.kept, self.tape, self.replay = policy, kept, tape, replay
+        self.outside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Tensors that `f` closes over and that are tracked or were written, with what they mean on the tape."""
+        self.unread: set[int] = set()
+        """Stand-ins for those that the second run hasn't read yet."""
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if not random and (self.policy is None or not self.policy(func, None)):
+        if self.tape is not None:
+            map_tree(self._note, (args, kwargs))
+        elif self.unread:
+            map_tree(lambda x: self.unread.discard(id(x)), (args, kwargs))
+        chosen = torch.Tag.nondeterministic_seeded in func.tags
+        if not chosen and self.policy is not None and not operator_traits(func).is_view:
+            chosen = self.policy(func, None)
+        if not chosen:
             return func(*args, **kwargs)
-        return self._keep(lambda: func(*args, **kwargs))
+        if find_rule(func) is None and (found := find_definition(func)) is not None:
+            return descend(self, func, found, args, kwargs)  # the same parts in both runs
+        if self.replay is None:
+            out = func(*args, **kwargs)
+            self.kept.append((func, out))
+            return out
+        out = self._next(func)
+        return out if self.replay._paused is not None else self.replay.record(func, args, kwargs, known=out)
 
     def named(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.policy is None or not self.policy(None, name):
             return x
-        stored = self._keep(lambda: x)
-        tape = differentiating((x,)) if self.replay else None
+        if self.replay is None:
+            self.kept.append((name, self.now(x)))
+            return x
         # The kept value stands in for the one computed again, which then only passes derivatives on.
-        return tape.attach([stored], [x], lambda gs: gs, name)[0] if isinstance(tape, Tape) else stored
+        x, stored = self.now(x), self._next(name)
+        return stored if self.replay._paused is not None else self.replay.attach([stored], [x], lambda gs: gs, name)[0]
 
-    def _keep(self, compute: Callable[[], Any]) -> Any:
-        if self.replay:
-            return self.kept.pop(0)
-        out = compute()
-        self.kept.append(out)
-        return out
+    def stand_in(self, raw: torch.Tensor, x: torch.Tensor) -> None:
+        """Let the closed-over `raw` mean `x`."""
+        raw.__dict__[self._now] = x
+        self._written[id(raw)] = weakref.ref(raw)
+        self.unread.add(id(x))
+
+    def _note(self, x: Any) -> None:
+        if isinstance(x, torch.Tensor) and self._made not in x.__dict__ and id(x) not in self.outside:
+            meant = meaning(self.tape, x)
+            if meant is not x or self.tape.node(x) is not None:
+                self.outside[id(x)] = x, meant
+
+    def _next(self, what: Any) -> Any:
+        if not self.kept or self.kept[0][0] is not what and self.kept[0][0] != what:
+            raise _diverged(str(what))
+        alias = lambda x: torch.ops.aten.alias.default(x) if isinstance(x, torch.Tensor) else x
+        return map_tree(alias, self.kept.pop(0)[1])
+
+
+def _diverged(what: str) -> DifferentiationError:
+    return DifferentiationError(
+        f"{source.user_line()}: a checkpointed function did something else when it was run again, at {what}. It must "
+        f"read the same tensors and decide alike; pass as arguments what changes (parameters that functional_call swaps, say)."
+    )

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import DifferentiationError
 from ..graph.source import user_line
+from ..graph.tracer import Tracer
 from .forward import Forward
 from .tape import Tape
 from .transforms import vjp
@@ -33,11 +34,13 @@ class custom_vjp:
 
     `fwd(*args) -> (output, residuals)` and `bwd(residuals, cotangent) -> tuple` with a cotangent (or None) for each
     argument, structured like it. Arguments, output and residuals are pytrees. Second derivatives go through `fwd` and
-    `bwd`. Forward mode has no rule here and raises DifferentiationError.
+    `bwd`. Raises DifferentiationError for forward mode, which has no rule here, and for a function that closes over a
+    differentiated tensor, which the rule can't give a cotangent.
     """
 
     def __init__(self, f: Callable):
         update_wrapper(self, f)
+        self.__name__ = name_of(f)
         self.f = f
         self.fwd: Callable | None = None
         self.bwd: Callable | None = None
@@ -47,18 +50,21 @@ class custom_vjp:
 
     def __call__(self, *args: Any) -> Any:
         if self.fwd is None:
-            raise DifferentiationError(f"{user_line()}: {self.f.__name__} has no rule yet; give it one with .defvjp(fwd, bwd).")
+            raise DifferentiationError(f"{user_line()}: {self.__name__} has no rule yet; give it one with .defvjp(fwd, bwd).")
         tracer = differentiating(args)
         if tracer is None:
             return self.f(*args)
         if isinstance(tracer, Forward):
             raise DifferentiationError(
-                f"{user_line()}: forward mode through {self.f.__name__}, which has a custom reverse rule only. Use "
+                f"{user_line()}: forward mode through {self.__name__}, which has a custom reverse rule only. Use "
                 f"nf.custom_jvp, which serves both modes."
             )
+        args = meaning(tracer, args)
         inputs, in_tree = tree_flatten(args)
-        with tracer.paused():
+        with tracer.paused() as read:
             out, residuals = self.fwd(*args)
+            residuals = meaning(tracer, residuals)
+        refuse_closure(self.__name__, inputs, read)
         outputs, out_tree = tree_flatten(out)
         like = [(y.shape, y.dtype, y.device) if isinstance(y, torch.Tensor) else None for y in outputs]
 
@@ -67,12 +73,12 @@ class custom_vjp:
             back = self.bwd(residuals, tree_unflatten(filled, out_tree))
             return self._cotangents(back, args, in_tree)
 
-        return tree_unflatten(tracer.attach(outputs, inputs, pull, self.f.__name__), out_tree)
+        return tree_unflatten(tracer.attach(outputs, inputs, pull, self.__name__), out_tree)
 
     def _cotangents(self, back: Any, args: tuple, in_tree: Any) -> list:
         if not isinstance(back, (tuple, list)) or len(back) != len(args):
             raise DifferentiationError(
-                f"the backward rule of {self.f.__name__} must return a tuple of {len(args)} cotangents, one for each "
+                f"the backward rule of {self.__name__} must return a tuple of {len(args)} cotangents, one for each "
                 f"argument (None for none), and returned {type(back).__name__}"
                 + (f" of {len(back)}." if isinstance(back, (tuple, list)) else ".")
             )
@@ -82,13 +88,13 @@ class custom_vjp:
             given = [None] * len(leaves) if cotangent is None else tree_flatten(cotangent)[0]
             if len(given) != len(leaves):
                 raise DifferentiationError(
-                    f"the backward rule of {self.f.__name__} returned a cotangent of {len(given)} leaves for an argument of "
+                    f"the backward rule of {self.__name__} returned a cotangent of {len(given)} leaves for an argument of "
                     f"{len(leaves)}; they must have the same structure."
                 )
             for g, x in zip(given, leaves):
                 if g is not None and isinstance(x, torch.Tensor) and g.shape != x.shape:
                     raise DifferentiationError(
-                        f"the backward rule of {self.f.__name__} returned a cotangent of shape {tuple(g.shape)} for an "
+                        f"the backward rule of {self.__name__} returned a cotangent of shape {tuple(g.shape)} for an "
                         f"argument of shape {tuple(x.shape)}."
                     )
             flat += given
@@ -104,11 +110,13 @@ class custom_jvp:
 
         f.defjvp(lambda primals, tangents: (f(*primals), ...))
 
-    Reverse mode transposes the rule.
+    Reverse mode transposes the rule. Raises DifferentiationError for a function that closes over a differentiated
+    tensor.
     """
 
     def __init__(self, f: Callable):
         update_wrapper(self, f)
+        self.__name__ = name_of(f)
         self.f = f
         self.rule: Callable | None = None
 
@@ -117,38 +125,55 @@ class custom_jvp:
 
     def __call__(self, *args: Any) -> Any:
         if self.rule is None:
-            raise DifferentiationError(f"{user_line()}: {self.f.__name__} has no rule yet; give it one with .defjvp(rule).")
+            raise DifferentiationError(f"{user_line()}: {self.__name__} has no rule yet; give it one with .defjvp(rule).")
         tracer = differentiating(args)
         if tracer is None:
             return self.f(*args)
+        args = meaning(tracer, args)
+        inputs, in_tree = tree_flatten(args)
         if isinstance(tracer, Forward):
-            tangents = tree_map(lambda x: _tangent(tracer, x), args)
-            with tracer.paused():
-                out, moved = self.rule(args, tangents)
-                out = tree_map(lambda y: torch.ops.aten.alias.default(y) if isinstance(y, torch.Tensor) else y, out)
-            for y, t in zip(tree_flatten(out)[0], tree_flatten(moved)[0]):
-                if isinstance(y, torch.Tensor) and t is not None:
-                    y.__dict__[tracer.key] = t
-            return out
-        inputs, _ = tree_flatten(args)
-        with tracer.paused():
-            zeros = tree_map(lambda x: torch.zeros_like(x) if _moves(x) else x, args)
-            out = self.f(*args)
-            moving = [x for x in tree_flatten(zeros)[0] if _moves(x)]
+            with tracer.paused() as read:
+                out, moved = self.rule(args, tree_map(lambda x: _tangent(tracer, x), args))
+                outputs, out_tree = tree_flatten(out)
+                outputs = [torch.ops.aten.alias.default(y) if isinstance(y, torch.Tensor) else y for y in outputs]
+                tangents = self._tangents(outputs, moved, out_tree)
+            refuse_closure(self.__name__, inputs, read)
+            for y, t in zip(outputs, tangents):
+                if t is not None and _moves(y):
+                    y.__dict__[tracer.key] = meaning(tracer, t)
+            return tree_unflatten(outputs, out_tree)
+        with tracer.paused() as read:
+            outputs, out_tree = tree_flatten(self.f(*args))
 
-            def along(*tangents: torch.Tensor) -> Any:
+            def along(*tangents: torch.Tensor) -> list:
                 left = iter(tangents)
-                return self.rule(args, tree_map(lambda x: next(left) if _moves(x) else x, args))[1]
+                moved = self.rule(args, tree_map(lambda x: next(left) if _moves(x) else None, args))[1]
+                return self._tangents(outputs, moved, out_tree)
 
-            _, transpose = vjp(along, *moving)
-        outputs, out_tree = tree_flatten(out)
+            found, transpose = vjp(along, *[torch.zeros_like(x) for x in inputs if _moves(x)])
+        refuse_closure(self.__name__, inputs, read)
 
         def pull(gs: list) -> list:
-            filled = [torch.zeros_like(y) if g is None else g for g, y in zip(gs, outputs)]
-            back = iter(transpose(tree_unflatten(filled, out_tree)))
+            filled = [torch.zeros_like(t) if g is None and t is not None else g for g, t in zip(gs, found)]
+            back = iter(transpose(filled))
             return [next(back) if _moves(x) else None for x in inputs]
 
-        return tree_unflatten(tracer.attach(outputs, inputs, pull, self.f.__name__), out_tree)
+        return tree_unflatten(tracer.attach(outputs, inputs, pull, self.__name__), out_tree)
+
+    def _tangents(self, outputs: list, moved: Any, out_tree: Any) -> list:
+        """The tangent of each output leaf; None for what doesn't move."""
+        flat, tree = tree_flatten(moved)
+        if tree != out_tree:
+            raise DifferentiationError(
+                f"{user_line()}: the rule of {self.__name__} returned tangents of structure {tree} for outputs of {out_tree}."
+            )
+        for y, t in zip(outputs, flat):
+            if isinstance(t, torch.Tensor) and t.shape != y.shape:
+                raise DifferentiationError(
+                    f"{user_line()}: the rule of {self.__name__} returned a tangent of shape {tuple(t.shape)} for an output of "
+                    f"shape {tuple(y.shape)}."
+                )
+        return [t if isinstance(t, torch.Tensor) and _moves(y) else None for y, t in zip(outputs, flat)]
 
 
 def _moves(x: Any) -> bool:
@@ -160,12 +185,43 @@ def _tangent(tracer: Forward, x: Any) -> Any:
     return torch.zeros_like(x) if t is None and _moves(x) else t
 
 
+def name_of(f: Callable) -> str:
+    """What to call a function, module or partial in a message."""
+    return getattr(f, "__name__", type(f).__name__)
+
+
+def meaning(tracer: Tracer, tree: Any) -> Any:
+    """The tensors of a tree as `tracer` knows them: after the writes seen by it and by the tracers inside it."""
+
+    def now(x: Any) -> Any:
+        for mode in reversed(_get_current_dispatch_mode_stack()):
+            if isinstance(mode, Tracer):
+                x = mode.now(x)
+                if mode is tracer:
+                    break
+        return x
+
+    return tree_map(now, tree)
+
+
+def refuse_closure(name: str, inputs: list, read: dict[int, torch.Tensor]) -> None:
+    """Raise if a tracked tensor other than `inputs` was read."""
+    known = {id(x) for x in inputs}
+    for x in read.values():
+        if id(x) not in known:
+            raise DifferentiationError(
+                f"{user_line()}: {name} has a derivative rule of its own and closes over a differentiated tensor of shape "
+                f"{tuple(x.shape)}, for which the rule gives nothing. Pass it as an argument, or wrap it in "
+                f"nf.stop_gradient."
+            )
+
+
 def differentiating(args: Any) -> Tape | Forward | None:
     """The innermost tape or forward mode in which any of the tensors among `args` is tracked."""
     tensors = [x for x in tree_flatten(args)[0] if isinstance(x, torch.Tensor)]
     for mode in reversed(_get_current_dispatch_mode_stack()):
-        if isinstance(mode, (Tape, Forward)) and not mode._paused:
-            if any(mode.key in mode.now(x).__dict__ for x in tensors):
+        if isinstance(mode, (Tape, Forward)) and mode._paused is None:
+            if any(mode.key in meaning(mode, x).__dict__ for x in tensors):
                 return mode
     return None
 
@@ -177,8 +233,8 @@ def opaque(f: Callable, shape: Callable) -> Callable:
     """A function that PyTorch can't see into (NumPy, C, CUDA called by pointer) as one operator, so that it can be
     captured, jitted and given a derivative with custom_vjp or custom_jvp. `f` takes tensors and returns a tensor or a
     tuple of them, new ones; `shape`, called with the same arguments as fake tensors, returns empty tensors of the
-    results' shapes and dtypes."""
-    name = f"opaque_{getattr(f, '__name__', 'function').strip('<>')}_{next(_numbers)}"
+    results' shapes and dtypes. Under vmap it is called for one example after another."""
+    name = f"opaque_{name_of(f).strip('<>')}_{next(_numbers)}"
     single: list[bool] = []
 
     def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -191,6 +247,13 @@ def opaque(f: Callable, shape: Callable) -> Callable:
 
     op = torch.library.custom_op(f"neuralforge_user::{name}", call, mutates_args=(), schema="(Tensor[] inputs) -> Tensor[]")
     op.register_fake(fake)
+
+    def each(info: Any, in_dims: tuple, inputs: list[torch.Tensor]) -> tuple[list, list]:
+        unbatched = [[x] * info.batch_size if d is None else x.unbind(d) for x, d in zip(inputs, in_dims[0])]
+        rows = [op([x[i] for x in unbatched]) for i in range(info.batch_size)]
+        return [torch.stack(column) for column in zip(*rows)], [0] * len(rows[0])
+
+    op.register_vmap(each)
 
     def operator(*tensors: torch.Tensor) -> Any:
         out = op(list(tensors))

@@ -51,7 +51,8 @@ class Tape(Tracer):
         alias.__dict__[self.key] = Node([], None, "input"), 0
         return alias
 
-    def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def record(self, func: Callable, args: tuple, kwargs: dict, known: Any = None) -> Any:
+        """`known` is the result, where it needn't be computed."""
         key, tracked = self.key, False
         parents = []
         for a in args:
@@ -61,11 +62,13 @@ class Tape(Tracer):
                 tracked = True
         in_kwargs = any(_parents(v, key) for v in kwargs.values()) if kwargs else False
         if not tracked and not in_kwargs:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if known is None else known
         found = find_rule(func)
         if found is None or in_kwargs:
+            if known is not None:
+                raise missing_rule(func)
             return self._descend(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if known is None else known
         single = isinstance(out, torch.Tensor)
         places = [r for r in enumerate((out,) if single else out) if _differentiable(r[1])]
         if not places:
@@ -117,7 +120,7 @@ class Tape(Tracer):
     def pull(
         self, outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[torch.Tensor], keep: bool = False
     ) -> list[torch.Tensor | None]:
-        """Cotangents of the watched `inputs`, given those of the `outputs`; None where nothing arrives. The tape is
+        """Cotangents of `inputs` (watched, or computed from those), given those of the `outputs`; None where nothing arrives. The tape is
         consumed unless `keep`."""
         pending: dict[Node, list] = {}
         heap: list[tuple[int, Node]] = []  # the latest first
@@ -135,13 +138,17 @@ class Tape(Tracer):
             if at is not None and g is not None:
                 arrive(at, g)
         del cotangents
-        wanted = {self.node(x)[0]: i for i, x in enumerate(inputs)}
+        wanted: dict[Node, list[tuple[int, int]]] = {}
+        for i, x in enumerate(inputs):
+            node, index = self.node(x)
+            wanted.setdefault(node, []).append((i, index))
         found: list[torch.Tensor | None] = [None] * len(inputs)
         while heap:
             node = heapq.heappop(heap)[1]
             slots = pending.pop(node)
-            if node in wanted:
-                found[wanted[node]] = slots[0]
+            for i, index in wanted.get(node, ()):
+                found[i] = slots[index]
+            if node.edges == []:  # a watched input
                 continue
             if node.edges is None:
                 raise DifferentiationError(

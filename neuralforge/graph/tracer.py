@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..errors import CaptureError
+from ..errors import CaptureError, DifferentiationError
 from .ir import map_tree
 from .source import user_line
 
@@ -57,7 +57,7 @@ class Tracer(TorchDispatchMode):
         self._now = self.key + "now"  # attribute: the tensor that a written tensor means
         self._written: dict[int, weakref.ref] = {}
         self.descents: list[Any] = []  # operators whose definitions are being followed just now
-        self._paused = 0
+        self._paused: dict[int, torch.Tensor] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -68,17 +68,25 @@ class Tracer(TorchDispatchMode):
         return func(*args, **kwargs)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within, operators pass by unrecorded, on to the tracers outside this one."""
-        self._paused += 1
+    def paused(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Within, operators pass by unrecorded, on to the tracers outside this one (writes keep their meaning, though).
+        Yields a dictionary that fills with the tracked tensors that are read, by id."""
+        before, self._paused = self._paused, {}
         try:
-            yield
+            yield self._paused
         finally:
-            self._paused -= 1
+            self._paused = before
+
+    def _pass_by(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        def look(x: Any) -> None:
+            if isinstance(x, torch.Tensor) and self.key in x.__dict__:
+                self._paused[id(x)] = x
+
+        if func is not aten.detach.default:
+            map_tree(look, (args, kwargs))
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._paused:
-            return func(*args, **(kwargs or {}))
         traits = operator_traits(func)
         if traits.makes_complex or _any_complex(args):
             with _lazy_conjugates():
@@ -97,7 +105,7 @@ class Tracer(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if self._written:
             args, kwargs = map_tree(self.now, args), map_tree(self.now, kwargs)
-        out = self.record(func, args, kwargs)
+        out = self.record(func, args, kwargs) if self._paused is None else self._pass_by(func, args, kwargs)
         if isinstance(out, torch.Tensor):
             if self._made not in out.__dict__:
                 # lift_fresh hands back the new tensor that torch.tensor gives it, of which nobody else knows
@@ -123,8 +131,10 @@ class Tracer(TorchDispatchMode):
             return x
         seen = x.__dict__.get(self._now)
         if seen is None or seen[0] is not base:
+            paused, self._paused = self._paused, None  # a view of a tracked tensor is tracked
             with self:
                 seen = x.__dict__[self._now] = (base, link.replay(base))
+            self._paused = paused
         return seen[1]
 
     def external_writes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -181,6 +191,11 @@ class Tracer(TorchDispatchMode):
 
     def _assign(self, x: torch.Tensor, value: torch.Tensor) -> None:
         link = x.__dict__.get(self._made)
+        if self._paused is not None and link is None and self.key in self.now(x).__dict__:
+            raise DifferentiationError(
+                f"{user_line()}: a function with a derivative rule of its own, or a checkpointed one, writes in place to a "
+                f"differentiated tensor of shape {tuple(x.shape)} from outside. Use the operator without the underscore."
+            )
         if link is not None:
             with self:
                 base = scatter(link, self.now(link.base), value)
