@@ -17,24 +17,26 @@ from .vmap import vmap
 
 def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
     """The Jacobian by reverse mode, a pullback for each output element (vectorised): right for few outputs and many
-    inputs. The result has the output's structure, with the argument's structure (a tuple of them for a tuple of
-    argnums) at each leaf; a leaf has shape [*output shape, *input shape]."""
+    inputs (Griewank & Walther 2008, chapter 3). The result has the output's structure, with the argument's structure (a tuple of them for a tuple of
+    argnums) at each leaf; a leaf has shape [*output shape, *input shape].
+    Arguments and results are real."""
 
     @wraps(f)
-    def jacobian(*args: Any) -> Any:
-        chosen, call = _split(f, argnums, args)
+    def jacobian(*args: Any, **kwargs: Any) -> Any:
+        chosen, call = _split(f, argnums, args, kwargs)
         out, pullback = vjp(call, *chosen)
         outputs, out_tree = tree_flatten(out)
         zeros = [torch.zeros_like(y) for y in outputs]
         rows = []
         for i, y in enumerate(outputs):
             _check_output(y)
+            _check_real(y, "a result")
 
             def pull(e: torch.Tensor, i: int = i) -> Any:
                 return pullback(tree_unflatten([*zeros[:i], e, *zeros[i + 1 :]], out_tree))
 
             flat = vmap(pull)(_basis(y))
-            rows.append(tree_map(lambda g, y=y: g.reshape(*y.shape, *g.shape[1:]), _pick(flat, argnums)))
+            rows.append(tree_map(lambda g, y=y: g.reshape((*y.shape, *g.shape[1:])), _pick(flat, argnums)))
         return tree_unflatten(rows, out_tree)
 
     return jacobian
@@ -42,11 +44,11 @@ def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
 def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
     """The Jacobian by forward mode, a tangent for each input element (vectorised): right for few inputs and many
-    outputs. Structured as jacrev's."""
+    outputs. Structured as jacrev's. Arguments are real."""
 
     @wraps(f)
-    def jacobian(*args: Any) -> Any:
-        chosen, call = _split(f, argnums, args)
+    def jacobian(*args: Any, **kwargs: Any) -> Any:
+        chosen, call = _split(f, argnums, args, kwargs)
         inputs, in_tree = tree_flatten(tuple(chosen))
         zeros = [torch.zeros_like(x) for x in inputs]
         columns = []  # for each input leaf, the outputs' derivatives, input elements first
@@ -59,7 +61,7 @@ def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
         out_tree = columns[0][1]
         rows = []
         for j in range(out_tree.num_leaves):
-            leaves = [c[0][j].reshape(*c[0][j].shape[:-1], *x.shape) for c, x in zip(columns, inputs)]
+            leaves = [c[0][j].reshape((*c[0][j].shape[:-1], *x.shape)) for c, x in zip(columns, inputs)]
             rows.append(_pick(tree_unflatten(leaves, in_tree), argnums))
         return tree_unflatten(rows, out_tree)
 
@@ -74,14 +76,17 @@ def hessian(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
 def linearize(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """`(f(*primals), jvp_fn)`: `jvp_fn(*tangents)` is the derivative along the tangents as a linear function, which
-    reuses what `f` computed. (The pullback is linear in its cotangent; its own pullback is the derivative.)"""
+    reuses what `f` computed. (The pullback is linear in its cotangent; its own pullback is the derivative: see "A new
+    trick for calculating Jacobian vector products", Townsend 2017.) `f` returns floating-point or complex tensors."""
     out, pullback = vjp(f, *primals)
+    for y in tree_flatten(out)[0]:
+        _check_output(y)
     zeros = tree_map(lambda y: torch.zeros_like(y), out)
     _, push = vjp(lambda cotangent: pullback(cotangent), zeros)
     return out, lambda *tangents: push(tangents)[0]
 
 
-def _split(f: Callable, argnums: int | tuple[int, ...], args: tuple) -> tuple[list, Callable]:
+def _split(f: Callable, argnums: int | tuple[int, ...], args: tuple, kwargs: dict) -> tuple[list, Callable]:
     """The differentiated arguments, and `f` as a function of them."""
     which = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     if any(not -len(args) <= n < len(args) for n in which):
@@ -94,9 +99,12 @@ def _split(f: Callable, argnums: int | tuple[int, ...], args: tuple) -> tuple[li
         full = list(args)
         for n, x in zip(which, chosen):
             full[n] = x
-        return f(*full)
+        return f(*full, **kwargs)
 
-    return [args[n] for n in which], call
+    chosen = [args[n] for n in which]
+    for x in tree_flatten(chosen)[0]:
+        _check_real(x, "an argument")
+    return chosen, call
 
 
 def _pick(grads: tuple, argnums: int | tuple[int, ...]) -> Any:
@@ -108,9 +116,17 @@ def _basis(x: torch.Tensor) -> torch.Tensor:
     return torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(x.numel(), *x.shape)
 
 
+def _check_real(x: Any, what: str) -> None:
+    if isinstance(x, torch.Tensor) and x.is_complex():
+        raise DifferentiationError(
+            f"{user_line()}: the Jacobian of {what} of {x.dtype}: a matrix of complex numbers is no derivative unless the "
+            f"function is holomorphic. Differentiate through torch.view_as_real and torch.view_as_complex."
+        )
+
+
 def _check_output(y: Any) -> None:
     if not isinstance(y, torch.Tensor) or not (y.is_floating_point() or y.is_complex()):
         what = f"a tensor of {y.dtype}" if isinstance(y, torch.Tensor) else type(y).__name__
         raise DifferentiationError(
-            f"{user_line()}: the Jacobian needs a function that returns floating-point tensors, not {what}."
+            f"{user_line()}: expected a function that returns floating-point or complex tensors, not {what}."
         )

@@ -48,8 +48,15 @@ class Tape(Tracer):
     def watch(self, x: torch.Tensor) -> torch.Tensor:
         """An alias of `x` to compute with: derivatives are taken with respect to it."""
         alias = torch.ops.aten.alias.default(x)
-        alias.__dict__[self.key] = Node([], None, "input"), 0
+        self.watch_itself(alias)
         return alias
+
+    def watch_itself(self, x: torch.Tensor) -> None:
+        """Watch the caller's own tensor object, until `forget`."""
+        x.__dict__[self.key] = Node([], None, "input"), 0
+
+    def forget(self, x: torch.Tensor) -> None:
+        x.__dict__.pop(self.key, None)
 
     def record(self, func: Callable, args: tuple, kwargs: dict, known: Any = None) -> Any:
         """`known` is the result, where it needn't be computed."""

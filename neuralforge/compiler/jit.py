@@ -9,13 +9,13 @@ from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import CaptureError, MemoryBudgetError
 from ..graph import Captured, capture
 from ..graph.source import user_line
 from .compiled import Compiled
-from .torch_autograd import Differentiable, Function
+from .torch_autograd import Differentiable, closes_over_grad
 
 CACHE_SIZE = 64
 
@@ -24,7 +24,8 @@ class Jit:
     """A function compiled for each combination of argument structure, shapes, dtypes, strides and static values.
 
     Called inside another transform (`nf.grad`, `nf.jit`, ...) it simply runs its Python function, which that
-    transform then follows. Called on tensors that require grad, its outputs carry torch.autograd gradients.
+    transform then follows. Called on tensors that require grad, or closing over such (a module's parameters), its outputs
+    carry torch.autograd gradients.
     """
 
     def __init__(self, f: Callable, donate: tuple[int, ...], memory_budget: int | None = None):
@@ -42,6 +43,8 @@ class Jit:
             if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
                 return self._with_autograd(args, kwargs)
         compiled, tensors = self.lookup(args, kwargs)
+        if torch.is_grad_enabled() and closes_over_grad(compiled):
+            return self._with_autograd(args, kwargs)
         return compiled(tensors)
 
     def _with_autograd(self, args: tuple, kwargs: dict) -> Any:
@@ -51,10 +54,9 @@ class Jit:
         wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
         key = ("autograd", tuple(wanted), *self._key(leaves, tree))
         program = self._compiled.get(key)
-        if program is None:
+        if program is None or program.stale:
             program = self._remember(key, Differentiable(self.f, args, kwargs, wanted, self.memory_budget))
-        outputs = Function.apply(program, wanted, *tensors)
-        return tree_unflatten(list(outputs), program.out_tree)
+        return program(tensors)
 
     def lookup(self, args: tuple, kwargs: dict) -> tuple[Compiled, list[torch.Tensor]]:
         """The compiled form for these arguments (compiling it if need be), and the tensors among them."""

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..autograd import vjp
+from ..autograd.tape import Tape
 from ..errors import CaptureError
 from ..graph import Captured, Graph, capture
 from ..graph.ir import Value
@@ -20,7 +20,8 @@ from .compiled import Compiled
 
 class Differentiable:
     """Forward and backward programs of a function whose tensor arguments at `wanted` (among all tensor leaves) need
-    gradients. Forward returns, after the outputs, the values that backward reads."""
+    gradients, as do the tensors it closes over that require grad: a module's parameters. Those, `hidden`, are the
+    last inputs. Forward returns, after the outputs, the values that backward reads."""
 
     def __init__(self, f: Callable, args: tuple, kwargs: dict, wanted: list[int], memory_budget: int | None):
         leaves, tree = tree_flatten((args, kwargs))
@@ -49,31 +50,54 @@ class Differentiable:
         ]
         cotangents = [outputs[i].fake for i in self.smooth]
 
-        def joint(given: list[torch.Tensor], gs: list[torch.Tensor]) -> tuple:
-            def chosen(*xs: torch.Tensor) -> Any:
-                full = list(given)
-                for i, x in zip(wanted, xs):
-                    full[i] = x
-                flat = tree_flatten(call(*full))[0]
-                return [flat[i] for i in self.smooth], flat
+        self.hidden = [t for t in plain.graph.constants.values() if t.requires_grad]
+        self.wanted = [*wanted, *range(len(tensors), len(tensors) + len(self.hidden))]
 
-            (_, flat), pullback = vjp(chosen, *[given[i] for i in wanted])
-            zeros = [torch.zeros_like(y) if isinstance(y, torch.Tensor) else y for y in flat]
-            return flat, pullback((gs, zeros))
+        def joint(given: list[torch.Tensor], gs: list[torch.Tensor]) -> tuple:
+            tape, full = Tape(), list(given)
+            with tape:
+                for i in wanted:
+                    full[i] = tape.watch(given[i])
+                for x in self.hidden:
+                    tape.watch_itself(x)
+                flat = [tape.now(y) for y in tree_flatten(call(*full))[0]]
+            sources = [*(full[i] for i in wanted), *self.hidden]
+            grads = tape.pull([flat[i] for i in self.smooth], gs, sources)
+            for x in self.hidden:
+                tape.forget(x)
+            return flat, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, sources)]
 
         graph = capture(joint, tensors, cotangents).graph
-        forward, backward = split(graph, graph.inputs[: len(tensors)], graph.outputs[: self.count])
+        inputs, gs = graph.inputs[: len(tensors)], graph.inputs[len(tensors) :]
+        at = {id(t): v for v, t in graph.constants.items()}
+        inputs += [at[id(t)] for t in self.hidden]
+        constants = {v: t for v, t in graph.constants.items() if v not in inputs}
+        graph = graph.replace(inputs=[*inputs, *gs], constants=constants)
+        forward, backward = split(graph, inputs, graph.outputs[: self.count])
         self.forward = _compiled(forward, memory_budget)
         self.backward = _compiled(backward, memory_budget)
+
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Any:
+        return tree_unflatten(list(Function.apply(self, *tensors, *self.hidden)), self.out_tree)
+
+    @property
+    def stale(self) -> bool:
+        """A tensor that the function closes over has come to require grad."""
+        return closes_over_grad(self.forward) or closes_over_grad(self.backward)
+
+
+def closes_over_grad(compiled: Compiled) -> bool:
+    return any(t.requires_grad for t in compiled.graph.constants.values())
 
 
 class Function(torch.autograd.Function):
     """The bridge."""
 
     @staticmethod
-    def forward(ctx: Any, program: Differentiable, wanted: list[int], *tensors: torch.Tensor) -> tuple:
+    def forward(ctx: Any, program: Differentiable, *tensors: torch.Tensor) -> tuple:
         flat = program.forward([t.detach() for t in tensors])
-        ctx.program, ctx.wanted, ctx.total = program, wanted, len(tensors)
+        ctx.program, ctx.total = program, len(tensors)
         ctx.save_for_backward(*flat[program.count :])
         outputs = tuple(flat[: program.count])
         ctx.mark_non_differentiable(
@@ -87,9 +111,9 @@ class Function(torch.autograd.Function):
         program = ctx.program
         grads = program.backward([*ctx.saved_tensors, *[gs[i] for i in program.smooth]])
         result: list[Any] = [None] * ctx.total
-        for i, g in zip(ctx.wanted, grads):
+        for i, g in zip(program.wanted, grads):
             result[i] = g
-        return None, None, *result
+        return None, *result
 
 
 def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph, Graph]:

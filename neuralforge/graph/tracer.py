@@ -139,8 +139,11 @@ class Tracer(TorchDispatchMode):
 
     def external_writes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Tensors from outside that the program wrote to, with what each now means."""
-        live = [ref() for ref in self._written.values()]
-        return [(t, self.now(t)) for t in live if t is not None and self._made not in t.__dict__]
+        return [(t, self.now(t)) for t in self.live_writes() if self._made not in t.__dict__]
+
+    def live_writes(self) -> list[torch.Tensor]:
+        """The written tensors, from outside or made inside, that still exist."""
+        return [t for ref in self._written.values() if (t := ref()) is not None]
 
     def write_back(self) -> None:
         """Carry the writes out on tensors from outside. Called after the tracer has been left."""
