@@ -30,7 +30,11 @@ aten = torch.ops.aten
 Policy = Callable[[Any, "str | None"], bool]
 """`policy(operator, name)`: is this result kept? `operator` is an ATen overload; `name` is given by checkpoint_name."""
 
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._scaled_dot_product_flash_attention_for_cpu}
+PRODUCTS = {
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+}  # fmt: skip
 
 
 def save_products(op: Any, name: str | None) -> bool:
@@ -54,7 +58,10 @@ def checkpoint_name(x: torch.Tensor, name: str) -> torch.Tensor:
 def checkpoint(f: Callable, policy: Policy | None = None) -> Callable:
     """`f` (of pytrees of tensors; a function or module) without its residuals: reverse mode keeps the arguments, what
     `f` closes over, and what `policy` says (by default nothing but random draws), and runs `f` again when it needs the
-    rest. Forward mode and plain calls are unchanged. In-place writes to tensors from outside happen once.
+    rest. In-place writes to tensors from outside happen once. Unchanged: plain calls, forward mode, reverse mode over
+    forward mode, and calls none of whose arguments is differentiated.
+
+    Raises DifferentiationError where the second run does something else than the first did.
     """
     name = name_of(f)
     if isinstance(f, torch.nn.Module):

@@ -26,7 +26,7 @@ class GradientTape:
     an inner one computes inside an outer one's `with`, its gradients included, the outer one records.
 
     In-place writes are followed inside, but what the tape keeps is in the memory that they would change: a written
-    tensor that is still there at the end of the `with` raises DifferentiationError.
+    tensor that somebody, or the tape, still holds at the end of the `with` raises DifferentiationError.
     """
 
     def __init__(self, persistent: bool = False):

@@ -17,9 +17,9 @@ from .vmap import vmap
 
 def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
     """The Jacobian by reverse mode, a pullback for each output element (vectorised): right for few outputs and many
-    inputs (Griewank & Walther 2008, chapter 3). The result has the output's structure, with the argument's structure (a tuple of them for a tuple of
-    argnums) at each leaf; a leaf has shape [*output shape, *input shape].
-    Arguments and results are real."""
+    inputs (Griewank & Walther 2008, chapter 3). The result has the output's structure, with the argument's structure
+    (a tuple of them for a tuple of argnums) at each leaf; a leaf has shape [*output shape, *input shape]. Arguments
+    and results are real."""
 
     @wraps(f)
     def jacobian(*args: Any, **kwargs: Any) -> Any:

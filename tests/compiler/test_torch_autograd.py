@@ -67,3 +67,31 @@ def test_in_place_writes_are_refused():
     x = torch.randn(3, requires_grad=True)
     with pytest.raises(CaptureError, match="writes in place to its arguments"):
         nf.jit(lambda x: x.mul_(2).sum())(x)
+
+
+def test_a_jitted_module_trains_its_own_parameters():
+    torch.manual_seed(0)
+    before, module = torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    x = torch.randn(5, 3)
+    grads = []
+    for f in (module, jitted := nf.jit(module), jitted):
+        before.zero_grad(), module.zero_grad()
+        f(before(x)).square().sum().backward()
+        grads.append([p.grad.clone() for p in (*before.parameters(), *module.parameters())])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert jitted(torch.randn(5, 4)).requires_grad, "no argument requires grad, the parameters do"
+    with torch.no_grad():
+        assert not jitted(torch.randn(5, 4)).requires_grad
+
+
+def test_unfreezing_a_parameter_compiles_anew():
+    module, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    jitted = nf.jit(module)
+    module.weight.requires_grad_(False)
+    jitted(x).sum().backward()
+    assert module.weight.grad is None and module.bias.grad is not None
+    module.weight.requires_grad_(True)
+    jitted(x).sum().backward()
+    assert torch.allclose(module.weight.grad, x.sum(0).expand(3, 3))
