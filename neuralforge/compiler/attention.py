@@ -34,12 +34,14 @@ def _aten_backward(g, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None
     return (g, q, k, v, out, lse, is_causal, scale, None, attn_mask), dropout_p
 
 
-def _own_forward(q, k, v, is_causal=False, scale=None, window=None, mask=None):
-    return (q, k, v, is_causal, scale, window, mask), 0.0
+def _own_forward(q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
+    return (q, k, v, is_causal, scale, window, mask, dropout_p, seed), 0.0
 
 
-def _own_backward(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
-    return (g, q, k, v, out, lse, is_causal, scale, window, mask, g_lse), 0.0
+def _own_backward(
+    g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None
+):
+    return (g, q, k, v, out, lse, is_causal, scale, window, mask, dropout_p, seed, g_lse), 0.0
 
 
 _KERNELS = {

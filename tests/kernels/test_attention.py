@@ -21,6 +21,7 @@ from neuralforge.kernels.attention import (
     reference,
     reference_backward,
 )
+from neuralforge.kernels.attention.dropout import keep, philox
 from neuralforge.testing import check_grads
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
@@ -102,6 +103,39 @@ def test_mask(kind):
         if kind == "bool":
             assert (found[0][1, :, 5] == 0).all() and (found[2][1, :, 5] == 0).all()
             assert (found[1][1, :, 5] == -math.inf).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 70, 91, 16), (1, 2, 1, 300, 300, 8), (3, 6, 6, 1, 70, 24)])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "window": 77}])
+def test_dropout(shape, options):
+    torch.manual_seed(0)
+    x, seed = operands(*shape), torch.tensor([-(2**40) + 12345, 2**32 - 1])
+    options = {**options, "dropout_p": 0.3, "seed": seed}
+    first = run(*x, **options)
+    compare(first, truth(*x, **options))
+    for a, b in zip(first, run(*x, **options)):
+        assert torch.equal(a, b), "the same seed and offset draw the same"
+    assert torch.equal(first[1], flash_attention(*x[:3], **{**options, "dropout_p": 0.0, "seed": None})[1])
+    for other in (seed + torch.tensor([1, 0]), seed + torch.tensor([1 << 32, 0]), seed - torch.tensor([0, 1])):
+        assert not torch.equal(first[0], flash_attention(*x[:3], **{**options, "seed": other})[0])
+
+
+def test_philox_against_the_authors_vectors():
+    # https://github.com/DEShawResearch/random123/blob/main/tests/kat_vectors
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+    assert philox([0] * 4, [0] * 2, 7) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert philox([0] * 4, [0] * 2, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(*pi, 10) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
+def test_dropout_keeps_its_share(dropout_p):
+    kept = keep(torch.ones(4, 8, 128, 128), dropout_p, torch.tensor([7, 0]))
+    n = kept.numel()
+    assert abs((kept > 0).double().mean() - (1 - dropout_p)) < 5 * math.sqrt(dropout_p * (1 - dropout_p) / n)
+    for dim in range(4):  # neighbours are independent
+        a, b = (kept > 0).double().narrow(dim, 0, kept.shape[dim] - 1), (kept > 0).double().narrow(dim, 1, kept.shape[dim] - 1)
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / math.sqrt(a.numel())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
@@ -214,7 +248,7 @@ def test_gradients_under_torch_autograd_and_nf_grad(used):
     q, k, v, g, g_lse = operands(2, 4, 2, 20, 30, 8)
 
     def loss(attend, q, k, v):
-        out, lse = attend(q, k, v, True, None, 12)
+        out, lse = attend(q, k, v, True, None, 12, None, 0.2, torch.tensor([3, 4]))
         terms = {"out": (out * g.to(out)).sum(), "lse": (lse * g_lse.to(lse)).sum()}
         return sum(terms.values()) if used == "both" else terms[used]
 
@@ -231,8 +265,8 @@ def test_gradients_under_torch_autograd_and_nf_grad(used):
 def test_higher_derivatives():
     torch.manual_seed(0)
     q, k, v = operands(1, 2, 1, 3, 4, 2, torch.float64)[:3]
-    mask = torch.randn(3, 4, dtype=torch.float64)
-    check_grads(lambda q, k, v: flash_attention(q, k, v, True, 0.7, None, mask), (q, k, v), order=2)
+    mask, seed = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 2])
+    check_grads(lambda q, k, v: flash_attention(q, k, v, True, 0.7, None, mask, 0.2, seed), (q, k, v), order=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -268,6 +302,8 @@ def test_attention_that_is_not_claimed():
         (((1, 2, 3, 8), (1, 2, 3, 4)), {}, "expected \\[B, H, T, K\\], and \\[B, G, S, K\\] twice"),
         (((1, 3, 3, 8), (1, 2, 3, 8)), {}, "the heads of q must be a multiple"),
         (((1, 2, 3, 8), (1, 2, 3, 8)), {"window": 0}, "window=0; expected 1"),
+        (((1, 2, 3, 8), (1, 2, 3, 8)), {"dropout_p": 0.1}, "dropout_p=0.1 without a seed; expected 0 without one"),
+        (((1, 2, 3, 8), (1, 2, 3, 8)), {"dropout_p": 0.1, "seed": torch.tensor([1.0])}, "expected int64 \\[2\\]"),
         (((1, 2, 3, 8), (1, 2, 3, 8)), {"mask": torch.ones(4, 3)}, "mask \\[4, 3\\]; expected what broadcasts to \\[1, 2, 3, 3\\]"),
     ],
 )

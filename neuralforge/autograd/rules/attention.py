@@ -9,14 +9,14 @@ from .table import Joint, definition, rule
 
 
 @rule("neuralforge::flash_attention", forward=False)
-def flash_attention(results, q, k, v, is_causal=False, scale=None, window=None, mask=None):
+def flash_attention(results, q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
     out, lse = results
 
     def vjp(gs, wanted):
         g, g_lse = gs
         g = torch.zeros_like(out) if g is None else g
-        options = is_causal, scale, window, mask, g_lse
-        return *attention.flash_attention_backward(g, q, k, v, out, lse, *options), None, None, None, None
+        options = is_causal, scale, window, mask, dropout_p, seed, g_lse
+        return *attention.flash_attention_backward(g, q, k, v, out, lse, *options), *[None] * 6
 
     return Joint(vjp)
 

@@ -15,6 +15,7 @@ import torch
 
 from ...errors import KernelError
 from ..native import Native, long
+from .dropout import threshold
 from .reference import reference, reference_backward
 
 _native = Native(Path(__file__).with_name("attention.c"))
@@ -29,22 +30,26 @@ def flash_attention(
     scale: float | None = None,
     window: int | None = None,
     mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries [B, H, T, K] on keys and values [B, G, S, K].
 
     `is_causal`: query t sees the keys 0 to t, as in PyTorch also where T and S differ. `window`: it sees keys less than
     `window` away. `mask`: bool (true: is seen) or float (added to the scores), broadcast to [B, H, T, S]; it has no
-    gradient. `scale`: 1 / sqrt(K) if None.
+    gradient. `scale`: 1 / sqrt(K) if None. `dropout_p`: each weight is zero with this probability, else divided by
+    1 - dropout_p; `seed`, int64 [2], is a seed and an offset below 2^32: the same two draw the same weights, on every
+    machine.
 
     Returns the output [B, H, T, K], laid out as [B, T, H, K], and the log-sum-exp of each query's scores [B, H, T].
     A query that sees nothing gets 0 and -inf. Raises KernelError where shapes don't fit.
     """
-    check(q, k, v, window, mask)
+    check(q, k, v, window, mask, dropout_p, seed)
     if not native(q, k, v, mask):
-        out, lse = reference(q, k, v, is_causal, scale, window, mask)
+        out, lse = reference(q, k, v, is_causal, scale, window, mask, dropout_p, seed)
         return _as_BTHK(out), lse.contiguous()
     outputs = _empty_BTHK(q), q.new_empty(q.shape[:3])
-    forward(outputs, (q, k, v, is_causal, scale, window, mask), {})
+    forward(outputs, (q, k, v, is_causal, scale, window, mask, dropout_p, seed), {})
     return outputs
 
 
@@ -60,41 +65,44 @@ def flash_attention_backward(
     scale: float | None = None,
     window: int | None = None,
     mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     g_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, laid out as [B, T, H, K], given those of flash_attention's results, `g` [B, H, T, K]
     and `g_lse` [B, H, T] (None: zero)."""
     if not native(q, k, v, mask):
-        return tuple(map(_as_BTHK, reference_backward(g, q, k, v, out, lse, is_causal, scale, window, mask, g_lse)))
+        options = is_causal, scale, window, mask, dropout_p, seed, g_lse
+        return tuple(map(_as_BTHK, reference_backward(g, q, k, v, out, lse, *options)))
     outputs = _empty_BTHK(q), _empty_BTHK(k), _empty_BTHK(v)
-    backward(outputs, (g, q, k, v, out, lse, is_causal, scale, window, mask, g_lse), {})
+    backward(outputs, (g, q, k, v, out, lse, is_causal, scale, window, mask, dropout_p, seed, g_lse), {})
     return outputs
 
 
 @flash_attention.register_fake
-def _(q, k, v, is_causal=False, scale=None, window=None, mask=None):
-    check(q, k, v, window, mask)
+def _(q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
+    check(q, k, v, window, mask, dropout_p, seed)
     return _empty_BTHK(q), q.new_empty(q.shape[:3])
 
 
 @flash_attention_backward.register_fake
-def _(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
+def _(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None):
     return _empty_BTHK(q), _empty_BTHK(k), _empty_BTHK(v)
 
 
 def _setup(ctx, inputs, output):
-    *qkv, ctx.is_causal, ctx.scale, ctx.window, mask = inputs
+    *qkv, ctx.is_causal, ctx.scale, ctx.window, mask, ctx.dropout_p, seed = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*qkv, *output, mask)
+    ctx.save_for_backward(*qkv, *output, mask, seed)
 
 
 def _torch_backward(ctx, g, g_lse):
-    q, k, v, out, lse, mask = ctx.saved_tensors
+    q, k, v, out, lse, mask, seed = ctx.saved_tensors
     if g is None and g_lse is None:
-        return (None,) * 7
+        return (None,) * 9
     g = torch.zeros_like(out) if g is None else g
-    options = ctx.is_causal, ctx.scale, ctx.window, mask, g_lse
-    return *flash_attention_backward(g, q, k, v, out, lse, *options), None, None, None, None
+    options = ctx.is_causal, ctx.scale, ctx.window, mask, ctx.dropout_p, seed, g_lse
+    return *flash_attention_backward(g, q, k, v, out, lse, *options), *[None] * 6
 
 
 flash_attention.register_autograd(_torch_backward, setup_context=_setup)
@@ -109,7 +117,7 @@ def _as_BTHK(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check(q, k, v, window, mask) -> None:
+def check(q, k, v, window, mask, dropout_p, seed) -> None:
     """Raises KernelError where the shapes don't fit together."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -118,6 +126,13 @@ def check(q, k, v, window, mask) -> None:
         raise KernelError(f"flash attention: {shapes}; the heads of q must be a multiple of those of k and v.")
     if window is not None and window < 1:
         raise KernelError(f"flash attention: window={window}; expected 1 (a query sees its own key only) or more, or None.")
+    if not 0 <= dropout_p < 1 or (seed is None) != (dropout_p == 0):
+        raise KernelError(
+            f"flash attention: dropout_p={dropout_p} with{'out' if seed is None else ''} a seed; expected 0 without one, or "
+            f"0 < dropout_p < 1 with one."
+        )
+    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64):
+        raise KernelError(f"flash attention: seed {seed.dtype} {list(seed.shape)}; expected int64 [2], seed and offset.")
     if mask is not None:
         wanted = (*q.shape[:3], k.shape[2])
         try:
@@ -147,25 +162,29 @@ class _Tensor(ctypes.Structure):
 
 class _Shape(ctypes.Structure):
     _fields_ = [(name, long) for name in ("B", "H", "G", "T", "S", "K", "left", "right")]
-    _fields_ += [("scale", ctypes.c_float), ("mask", _Tensor), ("mask_s", long)]
+    _fields_ += [("mask", _Tensor), ("mask_s", long), ("seed", ctypes.c_void_p)]
+    _fields_ += [("scale", ctypes.c_float), ("kept", ctypes.c_float), ("threshold", ctypes.c_uint)]
 
 
 class _Arrays(ctypes.Structure):
     _fields_ = [(name, _Tensor) for name in ("q", "k", "v", "out", "lse", "g", "g_lse", "dq", "dk", "dv")]
 
 
-def _shape(q, k, is_causal, scale, window, mask) -> tuple[_Shape, torch.Tensor | None]:
-    """The description for the C code, and the mask that it points into."""
+def _shape(q, k, is_causal, scale, window, mask, dropout_p, seed) -> tuple[_Shape, tuple]:
+    """The description for the C code, and the tensors that it points into."""
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
-    scale = 1 / math.sqrt(K) if scale is None else scale
     reach = T + S if window is None else min(window - 1, T + S)
-    shape = _Shape(B, H, G, T, S, K, reach, 0 if is_causal else reach, scale)
+    shape = _Shape(B, H, G, T, S, K, reach, 0 if is_causal else reach)
+    shape.scale = 1 / math.sqrt(K) if scale is None else scale
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
         mask = mask.expand(B, H, T, S)
         shape.mask, shape.mask_s = _describe(mask), mask.stride(3)
-    return shape, mask
+    if seed is not None:
+        seed = seed.contiguous()
+        shape.seed, shape.kept, shape.threshold = seed.data_ptr(), 1 / (1 - dropout_p), threshold(dropout_p)
+    return shape, (mask, seed)
 
 
 def _describe(x: torch.Tensor | None) -> _Tensor:
@@ -182,8 +201,8 @@ def forward(outputs: tuple, args: tuple, kwargs: dict) -> None:
     _forward(*outputs, *args, **kwargs)
 
 
-def _forward(out, lse, q, k, v, is_causal=False, scale=None, window=None, mask=None):
-    shape, mask = _shape(q, k, is_causal, scale, window, mask)
+def _forward(out, lse, q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
+    shape, _kept = _shape(q, k, is_causal, scale, window, mask, dropout_p, seed)
     q, k, v = map(_rows, (q, k, v))
     arrays = _Arrays(*map(_describe, (q, k, v, out, lse)))
     _memory(_native.library.attention_forward(ctypes.byref(shape), ctypes.byref(arrays)))
@@ -194,8 +213,11 @@ def backward(outputs: tuple, args: tuple, kwargs: dict) -> None:
     _backward(*outputs, *args, **kwargs)
 
 
-def _backward(dq, dk, dv, g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
-    shape, mask = _shape(q, k, is_causal, scale, window, mask)
+def _backward(
+    dq, dk, dv, g, q, k, v, out, lse,
+    is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None,
+):  # fmt: skip
+    shape, _kept = _shape(q, k, is_causal, scale, window, mask, dropout_p, seed)
     g, q, k, v, out = map(_rows, (g, q, k, v, out))
     arrays = _Arrays(*map(_describe, (q, k, v, out, lse, g, g_lse, dq, dk, dv)))
     _memory(_native.library.attention_backward(ctypes.byref(shape), ctypes.byref(arrays)))

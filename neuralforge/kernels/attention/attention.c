@@ -27,7 +27,14 @@ INLINE long clamp(long x, long low, long high) { return most(low, least(x, high)
 INLINE long up(long x, long unit) { return (x + unit - 1) / unit * unit; }
 
 typedef struct { float *at; long b, h, t; } Tensor; /* [batch][head][time][contiguous], strides in elements */
-typedef struct { long B, H, G, T, S, K, left, right; float scale; Tensor mask; long mask_s; } Shape;
+typedef struct {
+    long B, H, G, T, S, K, left, right;
+    Tensor mask; /* null without one */
+    long mask_s;
+    const long *seed; /* and offset; null without dropout */
+    float scale, kept; /* kept: 1 / (1 - dropout); a weight is kept whose number is at least the threshold */
+    unsigned threshold;
+} Shape;
 typedef struct { Tensor q, k, v, out, lse, g, g_lse, dq, dk, dv; } Arrays; /* g_lse may be null */
 
 INLINE float *row(Tensor x, long b, long h, long t) { return x.at + b * x.b + h * x.h + t * x.t; }
@@ -192,7 +199,7 @@ static void to_keys(const Shape *z, Block w, const float *s, const float *x, lon
 }
 
 /* The rows in which any query of column j, a vector of queries, sees a key, in whole tiles; -inf where it sees none. */
-INLINE void band(const Shape *z, Block w, long j, float *s, long *from, long *to, const float *mask) {
+INLINE void band(const Shape *z, long head, Block w, long j, float *s, long *from, long *to) {
     *from = first_key(z, w, j) / MR * MR, *to = least(w.nk, up(last_key(z, w, j, L), MR));
     long low = clamp(w.q + j + L - 1 - z->left - w.k, *from, *to), high = clamp(w.q + j + z->right + 1 - w.k, low, *to);
     b lane = LANES(ITSELF, 0);
@@ -203,20 +210,63 @@ INLINE void band(const Shape *z, Block w, long j, float *s, long *from, long *to
         b out = (b)(distance > (int)least(z->right, 1 << 30)) | (b)(distance < -(int)least(z->left, 1 << 30));
         store_f(s + i * BQ + j, SELECT_f(out, SET_f(-INF), load_f(s + i * BQ + j)));
     }
+    const float *mask = z->mask.at ? row(z->mask, head / z->H, head % z->H, 0) : 0;
     if (mask)
         for (long t = 0; t < least(L, w.nq - j); t++)
             for (long i = *from; i < *to; i++)
                 s[i * BQ + j + t] += mask[(w.q + j + t) * z->mask.t + (w.k + i) * z->mask_s] * LOG2E;
 }
 
+/* ---- dropout: a weight's place is the counter, so that backward draws the same numbers */
+
+typedef unsigned u __attribute__((vector_size(L * 4)));
+typedef unsigned long wide __attribute__((vector_size(L * 4)));
+
+/* The products of the lower halves of each 64 bits. */
+#if defined(__AVX512F__)
+INLINE wide multiply(wide x, wide y) { wide z; __asm__("vpmuludq %2, %1, %0" : "=v"(z) : "v"(x), "v"(y)); return z; }
+#elif defined(__AVX2__)
+INLINE wide multiply(wide x, wide y) { wide z; __asm__("vpmuludq %2, %1, %0" : "=x"(z) : "x"(x), "x"(y)); return z; }
+#else
+INLINE wide multiply(wide x, wide y) { return (x & 0xffffffffUL) * (y & 0xffffffffUL); }
+#endif
+
+/* Philox 4x32, 7 rounds: the fewest that pass all tests (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405). */
+INLINE void philox(u *x, long seed) {
+    unsigned key0 = seed, key1 = (unsigned long)seed >> 32;
+    wide low = (wide){} + 0xffffffffUL;
+    for (int n = 0; n < 7; n++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+        wide a = (wide){} + 0xD2511F53UL, b = (wide){} + 0xCD9E8D57UL;
+        wide even0 = multiply((wide)x[0], a), odd0 = multiply((wide)x[0] >> 32, a);
+        wide even1 = multiply((wide)x[2], b), odd1 = multiply((wide)x[2] >> 32, b);
+        u high0 = (u)((even0 >> 32) | (odd0 & ~low)), high1 = (u)((even1 >> 32) | (odd1 & ~low));
+        x[0] = high1 ^ x[1] ^ key0, x[2] = high0 ^ x[3] ^ key1;
+        x[1] = (u)((even1 & low) | (odd1 << 32)), x[3] = (u)((even0 & low) | (odd0 << 32));
+    }
+}
+
+/* For the rows from .. to of column j: 0 or `kept` in keep[key][L]. */
+static void draw(const Shape *z, long head, Block w, long j, long from, long to, float *keep) {
+    f kept = z->kept - (f){};
+    u x[4], query = (u)LANES(ITSELF, 0) + (unsigned)(w.q + j);
+    for (long i = from; i < to; i++) {
+        long key = w.k + i;
+        if (i == from || key % 4 == 0) {
+            x[0] = (u){} + (unsigned)(key / 4), x[1] = query, x[2] = (u){} + (unsigned)head, x[3] = (u){} + (unsigned)z->seed[1];
+            philox(x, z->seed[0]);
+        }
+        store_f(keep + i * L, (f)((b)kept & (b)(x[key % 4] >= (u){} + z->threshold)));
+    }
+}
+
 /* ---- forward */
 
 /* Scores to weights relative to the greatest score so far (`top`, in units of ln 2); `total` of the weights, and
    `decay`, by which what came before shrinks. */
-static void weights(const Shape *z, Block w, float *s, float *top, float *total, float *decay, const float *mask) {
+static void weights(const Shape *z, long head, Block w, float *s, float *top, float *total, float *decay, float *keep) {
     for (long j = 0; j < w.nq; j += L) {
         long from, to, i;
-        band(z, w, j, s, &from, &to, mask);
+        band(z, head, w, j, s, &from, &to);
         f m = load_f(top + j), m1 = m, m2 = m, m3 = m, before = m;
         for (i = from; i + 4 <= to; i += 4) {
             m = max_f(m, load_f(s + i * BQ + j)), m1 = max_f(m1, load_f(s + (i + 1) * BQ + j));
@@ -232,6 +282,10 @@ static void weights(const Shape *z, Block w, float *s, float *top, float *total,
             store_f(s + i * BQ + j, p);
             sum += p;
         }
+        if (z->seed) {
+            draw(z, head, w, j, from, to, keep);
+            for (i = from; i < to; i++) store_f(s + i * BQ + j, load_f(s + i * BQ + j) * load_f(keep + i * L));
+        }
         store_f(decay + j, shrink);
         store_f(total + j, load_f(total + j) * shrink + sum);
     }
@@ -241,12 +295,11 @@ INLINE float *take(float **memory, long n) { float *p = *memory; *memory += up(n
 
 /* The queries q .. q + nq of a head. Keys and values are copied when first needed, side by side. */
 static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q, long nq, float *memory) {
-    long K = z->K, P = up(K, L), g = h / (z->H / z->G), first = most(0, q - z->left), ready = first;
+    long K = z->K, P = up(K, L), g = h / (z->H / z->G), head = b * z->H + h, first = most(0, q - z->left), ready = first;
     int once = nq <= BQ; /* no copy serves again */
     float *qt = take(&memory, P * BQ), *s = take(&memory, BK * BQ), *o = take(&memory, BQ * P);
     float *top = take(&memory, BQ), *total = take(&memory, BQ), *decay = take(&memory, BQ);
-    float *keys = take(&memory, up(z->S, BK) * P), *values = take(&memory, up(z->S, BK) * P);
-    const float *mask = z->mask.at ? row(z->mask, b, h, 0) : 0;
+    float *keys = take(&memory, up(z->S, BK) * P), *values = take(&memory, up(z->S, BK) * P), *keep = take(&memory, BK * L);
     for (long i = q; i < q + nq; i += BQ) {
         long n = least(BQ, q + nq - i), end = least(z->S, i + n + z->right);
         transpose_in(qt, row(x->q, b, h, i), x->q.t, n, K, P, z->scale * LOG2E);
@@ -261,7 +314,7 @@ static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q
                 copy_in(value, row(x->v, b, g, k), x->v.t, ready - k, K, P);
             }
             scores(z, w, key, P, qt, s);
-            weights(z, w, s, top, total, decay, mask);
+            weights(z, head, w, s, top, total, decay, keep);
             to_queries(z, w, s, value, P, o, decay);
         }
         for (long t = 0; t < n; t++) {
@@ -276,7 +329,7 @@ static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q
 long attention_forward(const Shape *z, const Arrays *x) {
     long P = up(z->K, L), heads = z->B * z->H, blocks = up(z->T, BQ) / BQ, failed = 0;
     long run = clamp(blocks * heads / (6 * omp_get_max_threads()), 1, blocks), parts = up(blocks, run) / run;
-    long size = 2 * BQ * P + 2 * up(z->S, BK) * P + BK * BQ + 3 * BQ + 8 * 16;
+    long size = 2 * BQ * P + 2 * up(z->S, BK) * P + BK * (BQ + L) + 3 * BQ + 9 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));
@@ -293,17 +346,19 @@ long attention_forward(const Shape *z, const Arrays *x) {
 
 /* ---- backward: the weights are computed again */
 
-/* s: scores to weights; d: gradients of the weights to those of the scores. `lse` in units of ln 2. */
-static void weights_backward(const Shape *z, Block w, float *s, float *d, const float *lse, const float *delta,
-                             const float *mask) {
+/* s: scores to weights, after dropout; d: their gradients to those of the scores. `lse` in units of ln 2. */
+static void weights_backward(const Shape *z, long head, Block w, float *s, float *d, const float *lse, const float *delta,
+                             float *keep) {
     for (long j = 0; j < w.nq; j += L) {
         long from, to;
-        band(z, w, j, s, &from, &to, mask);
+        band(z, head, w, j, s, &from, &to);
+        if (z->seed) draw(z, head, w, j, from, to, keep);
         f shift = load_f(lse + j), mean = load_f(delta + j);
         for (long i = from; i < to; i++) {
-            f p = exp2_f(load_f(s + i * BQ + j) - shift);
-            store_f(s + i * BQ + j, p);
-            store_f(d + i * BQ + j, p * (load_f(d + i * BQ + j) - mean));
+            f p = exp2_f(load_f(s + i * BQ + j) - shift), dropped = p, dp = load_f(d + i * BQ + j);
+            if (z->seed) dropped *= load_f(keep + i * L), dp *= load_f(keep + i * L);
+            store_f(s + i * BQ + j, dropped);
+            store_f(d + i * BQ + j, p * (dp - mean));
         }
     }
 }
@@ -329,7 +384,7 @@ static void backward_part(const Shape *z, const Arrays *x, long b, long h, long 
     float *dk = take(&memory, up(nk, MR) * P), *dv = take(&memory, up(nk, MR) * P);
     float *qt = take(&memory, P * BQ), *gt = take(&memory, P * BQ), *qn = take(&memory, BQ * P), *gn = take(&memory, BQ * P);
     float *dq = take(&memory, BQ * P), *s = take(&memory, BK * BQ), *d = take(&memory, BK * BQ);
-    float *lse = take(&memory, BQ), *delta = take(&memory, BQ), *one = take(&memory, BQ);
+    float *lse = take(&memory, BQ), *delta = take(&memory, BQ), *one = take(&memory, BQ), *keep = take(&memory, BK * L);
     copy_in(key, row(x->k, b, g, k), x->k.t, nk, K, P);
     copy_in(value, row(x->v, b, g, k), x->v.t, nk, K, P);
     if (keys) {
@@ -340,7 +395,6 @@ static void backward_part(const Shape *z, const Arrays *x, long b, long h, long 
     for (long head = h; head < h + nh; head++)
         for (long i = q; i < q + nq; i += BQ) {
             long n = least(BQ, q + nq - i), start = most(k, i - z->left), end = k + least(nk, up(most(0, i + n + z->right - k), MR));
-            const float *mask = z->mask.at ? row(z->mask, b, head, 0) : 0;
             if (start < end) {
                 transpose_in(qt, row(x->q, b, head, i), x->q.t, n, K, P, z->scale * LOG2E);
                 transpose_in(gt, row(x->g, b, head, i), x->g.t, n, K, P, 1);
@@ -359,7 +413,7 @@ static void backward_part(const Shape *z, const Arrays *x, long b, long h, long 
                 Block w = {i, n, j, least(BK, end - j)};
                 scores(z, w, key + (j - k) * P, P, qt, s);
                 scores(z, w, value + (j - k) * P, P, gt, d);
-                weights_backward(z, w, s, d, lse, delta, mask);
+                weights_backward(z, b * z->H + head, w, s, d, lse, delta, keep);
                 if (keys) {
                     to_keys(z, w, s, gn, P, dv + (j - k) * P);
                     to_keys(z, w, d, qn, P, dk + (j - k) * P);
@@ -381,7 +435,7 @@ long attention_backward(const Shape *z, const Arrays *x) {
     int whole = groups >= 3 * threads || groups % threads == 0;
     long q_parts = up(z->T, BQ) / BQ, k_parts = up(z->S, BK) / BK;
     long parts = whole ? groups : z->B * z->H * q_parts + groups * k_parts;
-    long size = 4 * up(z->S, MR) * P + 5 * BQ * P + 2 * BK * BQ + 3 * BQ + 14 * 16;
+    long size = 4 * up(z->S, MR) * P + 5 * BQ * P + BK * (2 * BQ + L) + 3 * BQ + 15 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .dropout import keep
+
 
 def scores(q, k, is_causal, scale, window, mask):
     """q k^T scale, -inf where a query doesn't see a key; [B, H, T, S]."""
@@ -28,19 +30,22 @@ def softmax(s):
     return s.softmax(-1).masked_fill(blind.unsqueeze(-1), 0), s.logsumexp(-1).masked_fill(blind, -math.inf)
 
 
-def reference(q, k, v, is_causal=False, scale=None, window=None, mask=None):
+def reference(q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
     p, lse = softmax(scores(q, k, is_causal, scale, window, mask))
-    return p @ per_query_head(v, q), lse
+    return (p * keep(p, dropout_p, seed)) @ per_query_head(v, q), lse
 
 
-def reference_backward(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, g_lse=None):
+def reference_backward(
+    g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None
+):
     # A function of g, q, k, v alone: `out` and `lse` are recomputed, so that they need no derivative of their own.
     p, _ = softmax(scores(q, k, is_causal, scale, window, mask))
-    dp = g @ per_query_head(v, q).transpose(-2, -1)
+    kept = keep(p, dropout_p, seed)
+    dp = g @ per_query_head(v, q).transpose(-2, -1) * kept
     mean = (dp * p).sum(-1, keepdim=True)
     ds = p * (dp - (mean if g_lse is None else mean - g_lse.unsqueeze(-1)))
     ds = ds * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    dk, dv = ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g
+    dk, dv = ds.transpose(-2, -1) @ q, (p * kept).transpose(-2, -1) @ g
     return ds @ per_query_head(k, q), per_group(dk, k), per_group(dv, v)
 
 
