@@ -2,6 +2,7 @@
 edges."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from neuralforge.kernels.attention import (
     reference_backward,
 )
 from neuralforge.kernels.attention.dropout import keep, philox
+from neuralforge.kernels.native import long, pointer, prelude
 from neuralforge.testing import check_grads
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
@@ -136,6 +138,20 @@ def test_dropout_keeps_its_share(dropout_p):
     for dim in range(4):  # neighbours are independent
         a, b = (kept > 0).double().narrow(dim, 0, kept.shape[dim] - 1), (kept > 0).double().narrow(dim, 1, kept.shape[dim] - 1)
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / math.sqrt(a.numel())
+
+
+def test_exponential_to_two_ulp():
+    source = prelude() + Path(attention.__file__).with_name("attention.c").read_text()
+    run = "\nvoid run(float *x, long n) { for (long i = 0; i < n; i += L) store_f(x + i, exp2_f(load_f(x + i))); }"
+    x = torch.cat([torch.linspace(-125.9, 1, 2**18), torch.tensor([0.0, 1, -1, -126, -127, -math.inf, math.nan, -1e30] * 2)])
+    y = x.clone()
+    toolchain.load(source + run, "exp2").run(pointer(y), long(len(y)))
+    expected = x.double().exp2()
+    normal = x >= -126
+    ulp = 2.0 ** (expected[normal].log2().floor() - 23)
+    assert ((y[normal].double() - expected[normal]).abs() / ulp).max() <= 2
+    assert (y[x < -126] == 0).all() and y[x.isnan()].isnan().all()
+    assert (y[(x == x.round()) & normal] == expected[(x == x.round()) & normal]).all(), "whole powers are exact"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])

@@ -49,7 +49,7 @@ INLINE f max_f(f x, f y) { f z; __asm__("vmaxps %2, %1, %0" : "=x"(z) : "x"(x), 
 INLINE f max_f(f x, f y) { return SELECT_f((b)(x > y), x, y); }
 #endif
 
-/* 2^x for x < 128, 1 ulp; zero below the normal numbers. The polynomial is the best of 2^r for |r| <= 1/2. */
+/* 2^x for x <= 127 to 2 ulp; zero below the normal numbers. The polynomial is the best of 2^r for |r| <= 1/2. */
 INLINE f exp2_f(f x) {
     f z = x + 12582912.0f, r = x - (z - 12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     f p = SET_f(1.535336344e-4f);
