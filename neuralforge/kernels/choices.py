@@ -29,9 +29,11 @@ class Choices:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            table = json.loads(self.path.read_text())
+            sound = all(entry["choice"] in entry["seconds"] for entry in table.values())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
+        return table if sound else {}
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> str:
         """The name of the remembered choice, measured now if there is none."""
@@ -53,6 +55,11 @@ class Choices:
             pass
 
     def _write(self) -> None:
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-            json.dump(self.table, file, indent=1)
-        os.replace(file.name, self.path)
+        handle, temporary = tempfile.mkstemp(suffix=".json", dir=self.path.parent)
+        try:
+            with open(handle, "w") as file:
+                json.dump(self.table, file, indent=1)
+            os.chmod(temporary, 0o644)  # a cache may be made by one user and read by others
+            os.replace(temporary, self.path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)

@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (loads the OpenMP runtime that our libraries bind to)
 
-from ..errors import KernelError
+from ..errors import KernelError, warn
 
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
@@ -42,6 +41,17 @@ FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno",
 
 class NoCompiler(KernelError):
     """There is no C compiler on this machine."""
+
+
+_told: set[type] = set()
+
+
+def plain_operators_instead(why: KernelError) -> None:
+    """One notice a process, of each kind of failure, that something can't be built and PyTorch's operators run in its
+    place."""
+    if type(why) not in _told:
+        _told.add(type(why))
+        warn(f"fused kernels can't be built, and plain operators run in their place: {why}")
 
 
 @cache
@@ -82,6 +92,32 @@ def isa() -> str:
     if order.index(wanted) < order.index(best):
         raise KernelError(f"NEURALFORGE_ISA={wanted}: this CPU has {best} only. Unset the variable.")
     return wanted
+
+
+def has_bfloat16() -> bool:
+    """Has the instruction set to compile for bfloat16 arithmetic?"""
+    return isa() == "avx512" and "avx512_bf16" in cpu_features()
+
+
+@cache
+def amx_granted() -> bool:
+    """Has the CPU AMX's tiles of bfloat16, and does the kernel let this process use them? It is asked once: tile registers
+    enlarge every thread's saved state, so Linux hands them out on request
+    (https://docs.kernel.org/arch/x86/xstate.html)."""
+    if not {"amx_tile", "amx_bf16"} <= cpu_features():
+        return False
+    arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, ARCH_REQ_XCOMP_PERM, ctypes.c_long(XFEATURE_XTILEDATA)) == 0
+
+
+def has_amx() -> bool:
+    """Has the instruction set to compile for AMX, and may this process use it?"""
+    return isa() == "avx512" and amx_granted()
+
+
+def fast_dot() -> bool:
+    """Do vectors multiply bfloat16 faster than float32? AMD's do, at twice the rate; those of CPUs made for AMX at half."""
+    return has_bfloat16() and "amx_bf16" not in cpu_features()
 
 
 @cache
@@ -145,11 +181,10 @@ def _use_private(failed: Path, why: OSError) -> Path:
             if wanted not in _private:
                 _private[wanted] = Path(tempfile.mkdtemp(prefix="neuralforge-"))
                 atexit.register(_clean, _private[wanted], os.getpid())
-                warnings.warn(
+                warn(
                     f"the kernel cache {wanted} can't be used ({reason}): compiled kernels go to {_private[wanted]} and "
                     f"are built again in the next process. Free some space, or set NEURALFORGE_CACHE to a folder that "
-                    f"can be written to and run programs from.",
-                    stacklevel=3,
+                    f"can be written to and run programs from."
                 )
             return _private[wanted]
         except OSError as e:
@@ -179,10 +214,7 @@ def load_many(sources: Sequence[tuple[str, str]], flags: Sequence[str] = ()) -> 
 
 
 def _load(source: str, name: str, flags: Sequence[str]) -> ctypes.CDLL:
-    call, version = compiler(os.environ.get("CC"))
-    command = [*call, *FLAGS, *ISA_FLAGS[isa()], *flags]
-    key = "\0".join([source, version, *command, *sorted(cpu_features())])
-    file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    command, file = _place(source, name, flags)
     wanted = _wanted_folder()
     for folder in dict.fromkeys((wanted, _private.get(wanted, wanted))):  # a cache that is read-only may still have it
         if _intact(folder / file):
@@ -197,6 +229,21 @@ def _load(source: str, name: str, flags: Sequence[str]) -> ctypes.CDLL:
             return ctypes.CDLL(str(folder / file))
         except OSError as e:  # the disk filled up, or programs can't be run from it
             folder = _use_private(folder, e)
+
+
+def in_cache(source: str, name: str) -> bool:
+    """Would `load` find the library built? Raises NoCompiler."""
+    _, file = _place(source, name, ())
+    wanted = _wanted_folder()
+    return _intact(wanted / file) or _intact(_private.get(wanted, wanted) / file)
+
+
+def _place(source: str, name: str, flags: Sequence[str]) -> tuple[list[str], str]:
+    """The compiler's command, and the library's file name in the cache."""
+    call, version = compiler(os.environ.get("CC"))
+    command = [*call, *FLAGS, *ISA_FLAGS[isa()], *flags]
+    key = "\0".join([source, version, *command, *sorted(cpu_features())])
+    return command, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
 
 
 def _intact(library: Path) -> bool:
@@ -225,6 +272,8 @@ def _build(command: list[str], source: str, library: Path) -> None:
             kept = library.with_suffix(".c")
             kept.write_text(source)
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            if done.returncode < 0:
+                lines = [f"it was killed by signal {-done.returncode}, perhaps for lack of memory"]
             raise KernelError(
                 f"the C compiler {command[0]} refused a generated kernel: {' | '.join(lines[:5])}. The source is kept "
                 f"in {kept}. Please report it; meanwhile CC=<another compiler> may help."

@@ -13,8 +13,8 @@ typedef long l_any __attribute__((vector_size(L * 8), aligned(8)));
 typedef unsigned char b_any __attribute__((vector_size(L), aligned(1)));
 
 #define INLINE static inline __attribute__((always_inline))
-#define SET_f(x) ((f){} + (float)(x))
-#define SET_d(x) ((d){} + (double)(x))
+#define SET_f(x) ((float)(x) - (f){}) /* not + (f){}, which makes 0.0 of -0.0 */
+#define SET_d(x) ((double)(x) - (d){})
 #define SET_l(x) ((l){} + (long)(x))
 #define SET_ALL_f SET_f
 #define SET_ALL_d SET_d
@@ -58,11 +58,86 @@ INLINE l SELECT_l(b m, l x, l y) { l w = __builtin_convertvector(m, l); return (
 MEMORY(f, float)
 MEMORY(d, double)
 MEMORY(l, long)
+#if defined(__AVX512F__) /* gcc converts bytes one by one */
+INLINE b load_b(const unsigned char *p) { b x; __asm__("vpmovzxbd %1, %0" : "=v"(x) : "m"(*(const b_any *)p)); return -x; }
+INLINE void store_b(unsigned char *p, b x) { __asm__("vpmovdb %1, %0" : "=m"(*(b_any *)p) : "v"(-x)); }
+#elif defined(__AVX2__)
+INLINE b load_b(const unsigned char *p) { b x; __asm__("vpmovzxbd %1, %0" : "=x"(x) : "m"(*(const b_any *)p)); return -x; }
+INLINE void store_b(unsigned char *p, b x) { *(b_any *)p = __builtin_convertvector(-x, bytes); }
+#else
 INLINE b load_b(const unsigned char *p) { return -__builtin_convertvector(*(const b_any *)p, b); }
 INLINE void store_b(unsigned char *p, b x) { *(b_any *)p = __builtin_convertvector(-x, bytes); }
+#endif
 INLINE b load_some_b(const unsigned char *p, long n) { b x = {}; for (long j = 0; j < n; j++) x[j] = -(int)p[j]; return x; }
 INLINE void store_some_b(unsigned char *p, b x, long n) { for (long j = 0; j < n; j++) p[j] = x[j] != 0; }
 INLINE b load_apart_b(const unsigned char *p, long s, long n) { b x = {}; for (long j = 0; j < n; j++) x[j] = -(int)p[j * s]; return x; }
+
+/* ---- bfloat16 and float16: stored so, computed with as float. NaN stays NaN; rounding is to nearest, ties to even. */
+
+typedef unsigned short halves __attribute__((vector_size(L * 2)));
+typedef unsigned short halves_any __attribute__((vector_size(L * 2), aligned(2)));
+typedef unsigned int words __attribute__((vector_size(L * 4)));
+
+#if defined(__AVX512F__)
+INLINE f from_bf(halves h) { words w; __asm__("vpmovzxwd %1, %0" : "=v"(w) : "vm"(h)); return (f)(w << 16); }
+#elif defined(__AVX2__)
+INLINE f from_bf(halves h) { words w; __asm__("vpmovzxwd %1, %0" : "=x"(w) : "xm"(h)); return (f)(w << 16); }
+#else
+INLINE f from_bf(halves h) { return (f)(__builtin_convertvector(h, words) << 16); }
+#endif
+INLINE halves round_to_bf(f x) {
+    words w = (words)x, r = ((w + 0x7fff + ((w >> 16) & 1)) | (words)(x != x)) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    words packed; /* 128 bits at a time */
+    __asm__("vpackusdw %1, %1, %0\n\tvpermq $8, %0, %0" : "=x"(packed) : "x"(r));
+    halves h;
+    __builtin_memcpy(&h, &packed, sizeof h);
+    return h;
+#else
+    return __builtin_convertvector(r, halves);
+#endif
+}
+#if defined(AVX512_BF16)
+INLINE halves to_bf(f x) { /* the instruction takes what is below the normal numbers, class 32, for zero */
+    halves h;
+    unsigned tiny;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(x));
+    __asm__("vfpclassps $32, %1, %%k1\n\tkmovw %%k1, %0" : "=r"(tiny) : "v"(x) : "k1");
+    return __builtin_expect(tiny, 0) ? round_to_bf(x) : h;
+}
+#else
+INLINE halves to_bf(f x) { return round_to_bf(x); }
+#endif
+#if defined(__AVX512F__)
+INLINE f from_h(halves h) { f y; __asm__("vcvtph2ps %1, %0" : "=v"(y) : "v"(h)); return y; }
+INLINE halves to_h(f x) { halves y; __asm__("vcvtps2ph $0, %1, %0" : "=v"(y) : "v"(x)); return y; }
+#elif defined(__AVX2__)
+INLINE f from_h(halves h) { f y; __asm__("vcvtph2ps %1, %0" : "=x"(y) : "x"(h)); return y; }
+INLINE halves to_h(f x) { halves y; __asm__("vcvtps2ph $0, %1, %0" : "=x"(y) : "x"(x)); return y; }
+#else
+INLINE f from_h(halves h) {
+    f y;
+    for (int j = 0; j < L; j++) { _Float16 v; __builtin_memcpy(&v, (unsigned short *)&h + j, 2); y[j] = (float)v; }
+    return y;
+}
+INLINE halves to_h(f x) {
+    halves y;
+    for (int j = 0; j < L; j++) { _Float16 v = (_Float16)x[j]; __builtin_memcpy((unsigned short *)&y + j, &v, 2); }
+    return y;
+}
+#endif
+INLINE f round_bf(f x) { return from_bf(to_bf(x)); }
+INLINE f round_h(f x) { return from_h(to_h(x)); }
+
+#define HALF(S) \
+    INLINE f load_##S(const unsigned short *p) { return from_##S(*(const halves_any *)p); } \
+    INLINE void store_##S(unsigned short *p, f x) { *(halves_any *)p = to_##S(x); } \
+    INLINE f load_some_##S(const unsigned short *p, long n) { halves h = {}; for (long j = 0; j < n; j++) h[j] = p[j]; return from_##S(h); } \
+    INLINE void store_some_##S(unsigned short *p, f x, long n) { halves h = to_##S(x); for (long j = 0; j < n; j++) p[j] = h[j]; } \
+    INLINE f load_apart_##S(const unsigned short *p, long s, long n) { halves h = {}; for (long j = 0; j < n; j++) h[j] = p[j * s]; return from_##S(h); } \
+    INLINE f SET_ALL_##S(unsigned short v) { return from_##S((halves){} + v); }
+HALF(bf)
+HALF(h)
 
 /* The first n lanes, zero in the others. */
 INLINE f FIRST_f(f x, long n) { f y = {}; for (long j = 0; j < n; j++) y[j] = x[j]; return y; }
@@ -113,16 +188,27 @@ INLINE d relu_d(d x) { return SELECT_d(MASK_d(x < SET_d(0)), SET_d(0), x); }
     p = p * r + 5.0000001201e-1f; \
     b whole = __builtin_convertvector(n, b);
 
-/* 2^n in two factors, so that results below the normal range come out right; zeros aren't computed that way, as
-   underflow is slow and masks make many of them. */
+/* Results below the normal range come out right; zeros aren't computed that way, as underflow is slow and masks make
+   many of them. */
+#if defined(__AVX512F__)
 INLINE f exp_f(f x) {
-    b zero = (b)(x < SET_f(-104.0f)), half;
+    f t = MIN_f(SET_f(89.0f), x);
+    EXP_POLYNOMIAL
+    p = p * (r * r) + r + 1.0f;
+    f y; /* p 2^n unless x < -104 */
+    __asm__("vcmpps $5, %3, %1, %%k1\n\tvscalefps %4, %2, %0%{%%k1%}%{z%}" : "=v"(y) : "v"(x), "v"(p), "v"(SET_f(-104.0f)), "v"(n) : "k1");
+    return y;
+}
+#else
+INLINE f exp_f(f x) {
+    b zero = (b)(x < SET_f(-104.0f));
     f t = (f)((b)MIN_f(SET_f(89.0f), x) & ~zero);
     EXP_POLYNOMIAL
-    p = p * r * r + r + 1.0f;
-    half = whole >> 1;
+    p = p * (r * r) + r + 1.0f;
+    b half = whole >> 1; /* in two factors */
     return (f)((b)(p * (f)((half + 127) << 23) * (f)((whole - half + 127) << 23)) & ~zero);
 }
+#endif
 
 /* e^t - 1 without special cases, for t between -87 and 87. */
 INLINE f expm1_within_f(f t) {
@@ -147,6 +233,30 @@ INLINE f tanh_f(f x) {
 INLINE f sigmoid_f(f x) { return 1.0f / (1.0f + exp_f(-x)); }
 
 /* log x: mantissa in [sqrt 1/2, sqrt 2), Cephes. */
+#define LOG_POLYNOMIAL \
+    f z = m * m; \
+    f p = SET_f(7.0376836292e-2f); \
+    p = p * m - 1.1514610310e-1f; \
+    p = p * m + 1.1676998740e-1f; \
+    p = p * m - 1.2420140846e-1f; \
+    p = p * m + 1.4249322787e-1f; \
+    p = p * m - 1.6668057665e-1f; \
+    p = p * m + 2.0000714765e-1f; \
+    p = p * m - 2.4999993993e-1f; \
+    p = p * m + 3.3333331174e-1f;
+
+#if defined(__AVX512F__)
+INLINE f log_f(f x) { /* the instructions know what is below the normal numbers, infinite, negative or no number */
+    f e, m;
+    __asm__("vgetexpps %1, %0" : "=v"(e) : "v"(x));
+    __asm__("vgetmantps $8, %1, %0" : "=v"(m) : "v"(x)); /* in [1, 2) */
+    b high = (b)(m > SET_f(1.41421356237309504880f));
+    e = e + SELECT_f(high, SET_f(1.0f), SET_f(0));
+    m = m * SELECT_f(high, SET_f(0.5f), SET_f(1.0f)) - 1.0f;
+    LOG_POLYNOMIAL
+    return 6.93145751953125e-1f * e + (p * m * z + 1.42860682030941723e-6f * e - 0.5f * z + m);
+}
+#else
 INLINE f log_f(f x) {
     f tiny = SELECT_f((b)(x < SET_f(1.17549435e-38f)), SET_f(8388608.0f), SET_f(1.0f));
     f scaled = x * tiny;
@@ -156,22 +266,15 @@ INLINE f log_f(f x) {
     b low = (b)(m < SET_f(0.707106781186547524f));
     e = e - SELECT_f(low, SET_f(1.0f), SET_f(0));
     m = m + SELECT_f(low, m, SET_f(0)) - 1.0f;
-    f z = m * m;
-    f p = SET_f(7.0376836292e-2f);
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
+    LOG_POLYNOMIAL
     f y = p * m * z - 2.12194440e-4f * e - 0.5f * z + m + 0.693359375f * e;
     f inf = SET_f(__builtin_inff());
     y = SELECT_f((b)(x == inf), inf, y);
     y = SELECT_f((b)(x == SET_f(0)), -inf, y);
     return SELECT_f((b)((x < SET_f(0)) | (x != x)), SET_f(__builtin_nanf("")), y);
 }
+
+#endif
 
 /* erf x: an odd polynomial; where erf is near 1, 1 - e^q(|x|) (N. Juffa's coefficients, below 1 ulp each). */
 INLINE f erf_f(f x) {
@@ -209,19 +312,36 @@ INLINE d sigmoid_d(d x) { return 1.0 / (1.0 + exp_d(-x)); }
 
 /* ---- activations, in both types */
 
+/* The normal distribution: its integral up to x, and its density there. Below 0 the one is exp(-x^2 / 2) times a polynomial
+   in t = 1 / (1 + p |x|) (form: Abramowitz & Stegun 7.1.26), fitted to float's precision for small x, and to a few times
+   that beyond, where 1 + erf would cancel; above, it is 1 less that. */
+INLINE f normal_f(f x, f *density) {
+    f e = exp_f(x * x * -0.5f), t = 1.0f / (0.300520390f * abs_f(x) + 1.0f);
+    f p = SET_f(3.67000587e-2f);
+    p = p * t - 1.60403356e-1f;
+    p = p * t + 2.10073635e-1f;
+    p = p * t - 5.70795052e-2f;
+    p = p * t + 1.30260497e-1f;
+    p = p * t + 9.95800197e-2f;
+    p = p * t + 1.21036448e-1f;
+    p = p * t + 1.19832203e-1f;
+    *density = e * 0.398942280f;
+    p = p * t * e;
+    return SELECT_f((b)(x > SET_f(0)), 1.0f - p, p);
+}
+INLINE d normal_d(d x, d *density) {
+    *density = exp_d(x * x * -0.5) * 0.39894228040143267794;
+    return 0.5 * (1 + erf_d(x * 0.70710678118654752440));
+}
+
 #define ACTIVATIONS(T) \
     INLINE T silu_backward_##T(T g, T x) { T s = sigmoid_##T(x); return g * s * (1 + x * (1 - s)); } \
-    INLINE T gelu_##T(T x) { return x * SET_##T(0.5) * (1 + erf_##T(x * SET_##T(0.70710678118654752440))); } \
-    INLINE T gelu_backward_##T(T g, T x) { \
-        T cdf = SET_##T(0.5) * (1 + erf_##T(x * SET_##T(0.70710678118654752440))); \
-        T pdf = exp_##T(x * x * SET_##T(-0.5)) * SET_##T(0.39894228040143267794); \
-        return g * (cdf + x * pdf); } \
-    INLINE T gelu_tanh_##T(T x) { \
-        T u = SET_##T(0.79788456080286535588) * (x + SET_##T(0.044715) * x * x * x); \
-        return SET_##T(0.5) * x * (1 + tanh_##T(u)); } \
+    INLINE T gelu_##T(T x) { T density; return x * normal_##T(x, &density); } \
+    INLINE T gelu_backward_##T(T g, T x) { T density, integral = normal_##T(x, &density); return g * (integral + x * density); } \
+    /* (1 + tanh u) / 2 is sigmoid 2u, which needs no second formula near 0 */ \
+    INLINE T gelu_tanh_##T(T x) { return x * sigmoid_##T(x * (SET_##T(1.59576912160573071) + SET_##T(0.07135481627260025) * x * x)); } \
     INLINE T gelu_backward_tanh_##T(T g, T x) { \
-        T s = x * x, u = SET_##T(0.79788456080286535588) * (x + SET_##T(0.044715) * s * x), t = tanh_##T(u); \
-        T du = SET_##T(0.79788456080286535588) * (1 + SET_##T(3 * 0.044715) * s); \
-        return g * SET_##T(0.5) * ((1 + t) + x * (1 - t * t) * du); }
+        T s = x * x, y = sigmoid_##T(x * (SET_##T(1.59576912160573071) + SET_##T(0.07135481627260025) * s)); \
+        return g * y * (1 + x * (1 - y) * (SET_##T(1.59576912160573071) + SET_##T(0.21406444881780075) * s)); }
 ACTIVATIONS(f)
 ACTIVATIONS(d)

@@ -2,7 +2,6 @@
 edges."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,39 +14,48 @@ from neuralforge.compiler.executor import Program
 from neuralforge.compiler.kernels import Kernel
 from neuralforge.errors import KernelError
 from neuralforge.graph import capture
-from neuralforge.kernels import attention, toolchain
+from neuralforge.kernels import attention, native, toolchain
 from neuralforge.kernels.attention import (
     flash_attention,
     flash_attention_backward,
     reference,
     reference_backward,
 )
-from neuralforge.kernels.attention.dropout import keep, philox
-from neuralforge.kernels.native import long, pointer, prelude
+from neuralforge.kernels.attention.dropout import keep
+from neuralforge.kernels.attention.reference import wide
+from neuralforge.kernels.native import long, pointer
+from neuralforge.kernels.random.philox import philox
 from neuralforge.testing import check_grads
 
-TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
+TOLERANCE = {torch.bfloat16: 6e-3, torch.float32: 5e-6, torch.float64: 1e-12}
 """Greatest error, relative to the greatest number of the result (or to 1, if that is less)."""
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("NEURALFORGE_ISA", request.param)
-    try:
-        toolchain.isa()
-    except KernelError:
-        pytest.skip(f"this CPU has no {request.param}")
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture(params=["AMX", "BFLOAT16_DOT", "float32"])
+def unit(request, isa, monkeypatch):
+    """What multiplies bfloat16: AMX, dot products of vectors (also where they are slow) or float32 arithmetic."""
+    if not {"AMX": toolchain.has_amx(), "BFLOAT16_DOT": toolchain.has_bfloat16(), "float32": True}[request.param]:
+        pytest.skip(f"this CPU, or {isa}, has no {request.param}")
+    monkeypatch.setattr(native, "has_amx", lambda: request.param == "AMX")
+    monkeypatch.setattr(native, "fast_dot", lambda: request.param == "BFLOAT16_DOT")
+    known = attention._NATIVE[torch.bfloat16]
+    fresh = native.Native(known.path, *known.headers, defines=known.defines)
+    assert request.param == "float32" or f"#define {request.param}\n" in fresh.source
+    monkeypatch.setitem(attention._NATIVE, torch.bfloat16, fresh)
 
 
 def operands(B, H, G, T, S, K, dtype=torch.float32):
     """q, k, v, and gradients of the output and of the log-sum-exp."""
     shapes = (B, H, T, K), (B, G, S, K), (B, G, S, K), (B, H, T, K), (B, H, T)
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return [torch.randn(shape).to(wide(dtype) if len(shape) == 3 else dtype) for shape in shapes]
 
 
 def compare(found, expected, dtype=torch.float32):
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected):
-        assert a.shape == b.shape and a.dtype == dtype
+        assert a.shape == b.shape and a.dtype == (wide(dtype) if name == "lse" else dtype)
         finite = b.isfinite()
         assert torch.equal(torch.where(finite, 0, a.double()), torch.where(finite, 0, b)), name
         bound = TOLERANCE[dtype] * max(1, torch.where(finite, b.abs(), 0).amax().item() if b.numel() else 1)
@@ -71,7 +79,7 @@ def truth(q, k, v, g, g_lse, **options):
 SHAPES = [  # B, H, G, T, S, K
     (1, 1, 1, 1, 1, 8), (2, 3, 3, 7, 7, 16), (1, 2, 1, 65, 65, 40), (2, 4, 2, 300, 300, 64), (7, 1, 1, 64, 64, 128),
     (1, 1, 1, 1, 130, 24), (1, 2, 2, 65, 300, 72), (1, 2, 2, 300, 65, 32), (2, 6, 1, 33, 130, 13), (1, 1, 1, 70, 70, 256),
-    (1, 1, 1, 130, 7, 1),
+    (1, 1, 1, 130, 7, 1), (1, 1, 1, 200, 95, 48),
 ]  # fmt: skip
 
 
@@ -81,6 +89,29 @@ def test_against_float64(shape, is_causal):
     torch.manual_seed(0)
     x = operands(*shape)
     compare(run(*x, is_causal=is_causal), truth(*x, is_causal=is_causal))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"window": 21}, {"window": 1}, {"is_causal": True, "window": 100, "scale": -0.3}]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_against_float64(shape, options, unit):
+    torch.manual_seed(0)
+    x = operands(*shape, dtype=torch.bfloat16)
+    compare(run(*x, **options), truth(*x, **options), torch.bfloat16)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_bfloat16_in_any_layout(mask_dtype, unit):
+    """Parts of one projection, a mask, dropout and a window, against the same in plain operators."""
+    torch.manual_seed(0)
+    B, H, T, K = 2, 3, 90, 24
+    q, k, v = (x.transpose(1, 2) for x in torch.randn(B, T, 3, H, K).bfloat16().unbind(2))
+    g, g_lse = torch.randn(B, H, K, T).bfloat16().transpose(2, 3), torch.randn(B, H, T)
+    mask = torch.rand(T, T) > 0.3 if mask_dtype == torch.bool else torch.randn(T, T).to(mask_dtype)
+    options = dict(mask=mask, window=40, dropout_p=0.2, seed=torch.tensor([5, 6]))
+    assert attention.native(q, k, v, mask)
+    compare(run(q, k, v, g, g_lse, **options), truth(q, k, v, g, g_lse, **options), torch.bfloat16)
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 100, 1000])
@@ -122,6 +153,87 @@ def test_dropout(shape, options):
         assert not torch.equal(first[0], flash_attention(*x[:3], **{**options, "seed": other})[0])
 
 
+PACKED = [  # lengths of queries and of keys, H, G, K
+    ([1], [1], 1, 1, 8), ([5, 70, 1], [5, 70, 1], 4, 2, 24), ([130, 0, 3, 65], [7, 9, 0, 300], 2, 1, 40),
+    ([64, 64, 128, 1, 1, 1, 1, 200], [64, 64, 128, 1, 1, 1, 1, 200], 2, 2, 13), ([0, 40, 0], [0, 33, 5], 3, 1, 16),
+]  # fmt: skip
+
+
+def starts(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@pytest.mark.parametrize(
+    "options, dtype",
+    [
+        ({}, torch.float32), ({"is_causal": True}, torch.float32), ({"is_causal": True, "window": 7}, torch.float32),
+        ({"window": 20, "dropout_p": 0.2}, torch.float32), ({}, torch.bfloat16), ({"is_causal": True}, torch.bfloat16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lengths", PACKED)
+def test_packed_sequences(lengths, options, dtype):
+    """Against the truth, and the same bits as each sequence by itself."""
+    torch.manual_seed(0)
+    T, S, H, G, K = lengths
+    dropout = {"seed": torch.tensor([3, 4])} if "dropout_p" in options else {}
+    x = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands(1, H, G, sum(T), sum(S), K, dtype)]
+    packed = {"q_starts": starts(T), "k_starts": starts(S)}
+    found = run(*x, **options, **packed, **dropout)
+    compare(found, truth(*x, **options, **packed, **dropout), dtype)
+    if dropout:
+        return
+    of_queries, of_keys = [t.split(T, 2) for t in (x[0], x[3], x[4])], [t.split(S, 2) for t in x[1:3]]
+    alone = [run(q, k, v, g, g_lse, **options) for q, g, g_lse, k, v in zip(*of_queries, *of_keys)]
+    for name, whole, parts in zip(("out", "lse", "dq", "dk", "dv"), found, zip(*alone)):
+        assert torch.allclose(whole, torch.cat(parts, 2), atol=TOLERANCE[dtype] * 10, rtol=TOLERANCE[dtype] * 10), name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packed_sequences_with_any_number_of_threads(threads):
+    torch.manual_seed(0)
+    x = operands(1, 1, 1, 300, 300, 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for lengths in ([300], [100, 200], [10] * 30):
+            options = {"is_causal": True, "q_starts": starts(lengths), "k_starts": starts(lengths)}
+            compare(run(*x, **options), truth(*x, **options))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_derivatives_of_packed_sequences():
+    torch.manual_seed(0)
+    q, k, v = operands(1, 2, 1, 7, 7, 4, torch.float64)[:3]
+    at = starts([3, 0, 4])
+    attend = lambda q, k, v: flash_attention(q, k, v, True, q_starts=at, k_starts=at)
+    check_grads(attend, (q, k, v), order=2)
+    x = [t.float() for t in (q, k, v)]
+    loss = lambda *x: (attend(*x)[0] ** 2).sum()
+    expected = nf.grad(loss, (0, 1, 2))(q, k, v)
+    leaves = [t.clone().requires_grad_() for t in x]
+    loss(*leaves).backward()
+    for found in (nf.grad(loss, (0, 1, 2))(*x), nf.jit(nf.grad(loss, (0, 1, 2)))(*x), [t.grad for t in leaves]):
+        for a, b in zip(found, expected):
+            assert (a.double() - b).abs().max() < 1e-5
+    torch.library.opcheck(flash_attention, (*leaves, True, None, None, None, 0.0, None, at, at))
+
+
+@pytest.mark.parametrize(
+    "q_starts, k_starts, message",
+    [
+        ([0, 3, 8], None, "expected q_starts and k_starts"), ([0, 3, 8], [0, 8], "expected q_starts and k_starts"),
+        ([0, 3, 7], [0, 3, 8], r"q_starts \[0, 3, 7\]; expected numbers that ascend from 0 to 8"),
+        ([0, 3, 8], [0, 9, 8], r"k_starts \[0, 9, 8\]; expected numbers that ascend from 0 to 8"),
+        ([1, 3, 8], [0, 3, 8], "q_starts"), ([0.0, 3.0, 8.0], [0, 3, 8], "torch.float32"),
+    ],
+)  # fmt: skip
+def test_starts_that_do_not_fit(q_starts, k_starts, message):
+    x = torch.randn(1, 2, 8, 4)
+    with pytest.raises(KernelError, match=message):
+        flash_attention(x, x, x, q_starts=torch.tensor(q_starts), k_starts=None if k_starts is None else torch.tensor(k_starts))
+
+
 def test_philox_against_the_authors_vectors():
     # https://github.com/DEShawResearch/random123/blob/main/tests/kat_vectors
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
@@ -141,7 +253,7 @@ def test_dropout_keeps_its_share(dropout_p):
 
 
 def test_exponential_to_two_ulp():
-    source = prelude() + Path(attention.__file__).with_name("attention.c").read_text()
+    source = attention._NATIVE[torch.float32].source
     run = "\nvoid run(float *x, long n) { for (long i = 0; i < n; i += L) store_f(x + i, exp2_f(load_f(x + i))); }"
     x = torch.cat([torch.linspace(-125.9, 1, 2**18), torch.tensor([0.0, 1, -1, -126, -127, -math.inf, math.nan, -1e30] * 2)])
     y = x.clone()
@@ -239,7 +351,7 @@ def test_special_values_as_in_pytorch(value, which, is_causal):
 
 def test_without_a_compiler(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(attention, "available", lambda: False)
+    monkeypatch.setattr(attention, "available", lambda dtype: False)
     monkeypatch.setattr(attention, "forward", None)
     x = operands(2, 4, 2, 9, 9, 8)
     compare(run(*x, is_causal=True), truth(*x, is_causal=True))

@@ -1,8 +1,9 @@
 """Flash attention: softmax(q k^T scale) v in blocks, without the matrix of weights in memory, forward and backward.
 
 Shapes: B batch, H heads of queries, G heads of keys and values (H a multiple of G: each serves H / G heads of
-queries), T queries, S keys, K head width. The C code (float32, any K) reads and writes any strides whose last is 1,
-so the parts of one [B, T, 3 H K] projection serve as they are.
+queries), T queries, S keys, K head width. The C code (any K) reads and writes any strides whose last is 1, so the parts of one [B, T, 3 H K] projection serve as they
+are. It computes in float32; with bfloat16 in memory on a CPU that multiplies bfloat16, the products take the operands as
+they are, and weights and their gradients rounded to bfloat16, and sum in float32.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from pathlib import Path
 import torch
 
 from ...errors import KernelError
-from ..native import Native, long
+from ..native import Native, long, wide
+from ..random import PHILOX
 from .dropout import threshold
 from .reference import reference, reference_backward
 
-_native = Native(Path(__file__).with_name("attention.c"))
+_FILE, _TRANSPOSE, _CELLS = (Path(__file__).with_name(name) for name in ("attention.c", "transpose.h", "bfloat16.h"))
+_NATIVE = {
+    torch.float32: Native(_FILE, PHILOX, _TRANSPOSE),
+    torch.bfloat16: Native(_FILE, PHILOX, _TRANSPOSE, _CELLS, defines="#define BFLOAT16\n"),
+}
 
 
 @torch.library.custom_op("neuralforge::flash_attention", mutates_args=())
@@ -32,6 +38,8 @@ def flash_attention(
     mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    q_starts: torch.Tensor | None = None,
+    k_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries [B, H, T, K] on keys and values [B, G, S, K].
 
@@ -39,17 +47,22 @@ def flash_attention(
     `window` away. `mask`: bool (true: is seen) or float (added to the scores), broadcast to [B, H, T, S]; it has no
     gradient. `scale`: 1 / sqrt(K) if None. `dropout_p`: each weight is zero with this probability, else divided by
     1 - dropout_p; `seed`, int64 [2], is a seed and an offset below 2^32: the same two draw the same weights, on every
-    machine.
+    machine. `q_starts` and `k_starts`, int64 [n + 1]: n sequences of any lengths are packed one after the other in a batch of
+    one, from 0 = starts[0] to starts[n] = T or S; a query sees keys of its own sequence only, whose places, for `is_causal` and
+    `window`, count from its start. (Elsewhere `cu_seqlens`: q [T, H, K] is packed as q.transpose(0, 1)[None].)
 
-    Returns the output [B, H, T, K], laid out as [B, T, H, K], and the log-sum-exp of each query's scores [B, H, T].
+    Returns the output [B, H, T, K], laid out as [B, T, H, K], and the log-sum-exp of each query's scores [B, H, T], at least
+    float32.
     A query that sees nothing gets 0 and -inf. Raises KernelError where shapes don't fit.
     """
-    check(q, k, v, window, mask, dropout_p, seed)
+    check(q, k, v, window, mask, dropout_p, seed, q_starts, k_starts)
+    options = is_causal, scale, window, mask, dropout_p, seed
     if not native(q, k, v, mask):
-        out, lse = reference(q, k, v, is_causal, scale, window, mask, dropout_p, seed)
+        check_starts(q, k, q_starts, k_starts)
+        out, lse = reference(q, k, v, *options, q_starts, k_starts)
         return _as_BTHK(out), lse.contiguous()
-    outputs = _empty_BTHK(q), q.new_empty(q.shape[:3])
-    forward(outputs, (q, k, v, is_causal, scale, window, mask, dropout_p, seed), {})
+    outputs = _empty_BTHK(q), _empty_lse(q)
+    forward(outputs, (q, k, v, *options, q_starts, k_starts), {})
     return outputs
 
 
@@ -68,41 +81,46 @@ def flash_attention_backward(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     g_lse: torch.Tensor | None = None,
+    q_starts: torch.Tensor | None = None,
+    k_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, laid out as [B, T, H, K], given those of flash_attention's results, `g` [B, H, T, K]
     and `g_lse` [B, H, T] (None: zero)."""
+    options = is_causal, scale, window, mask, dropout_p, seed, g_lse, q_starts, k_starts
     if not native(q, k, v, mask):
-        options = is_causal, scale, window, mask, dropout_p, seed, g_lse
         return tuple(map(_as_BTHK, reference_backward(g, q, k, v, out, lse, *options)))
     outputs = _empty_BTHK(q), _empty_BTHK(k), _empty_BTHK(v)
-    backward(outputs, (g, q, k, v, out, lse, is_causal, scale, window, mask, dropout_p, seed, g_lse), {})
+    backward(outputs, (g, q, k, v, out, lse, *options), {})
     return outputs
 
 
 @flash_attention.register_fake
-def _(q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
-    check(q, k, v, window, mask, dropout_p, seed)
-    return _empty_BTHK(q), q.new_empty(q.shape[:3])
+def _(q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, q_starts=None, k_starts=None):
+    check(q, k, v, window, mask, dropout_p, seed, q_starts, k_starts)
+    return _empty_BTHK(q), _empty_lse(q)
 
 
 @flash_attention_backward.register_fake
-def _(g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None):
+def _(
+    g, q, k, v, out, lse,
+    is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None, q_starts=None, k_starts=None,
+):  # fmt: skip
     return _empty_BTHK(q), _empty_BTHK(k), _empty_BTHK(v)
 
 
 def _setup(ctx, inputs, output):
-    *qkv, ctx.is_causal, ctx.scale, ctx.window, mask, ctx.dropout_p, seed = inputs
+    *qkv, ctx.is_causal, ctx.scale, ctx.window, mask, ctx.dropout_p, seed, q_starts, k_starts = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*qkv, *output, mask, seed)
+    ctx.save_for_backward(*qkv, *output, mask, seed, q_starts, k_starts)
 
 
 def _torch_backward(ctx, g, g_lse):
-    q, k, v, out, lse, mask, seed = ctx.saved_tensors
+    q, k, v, out, lse, mask, seed, q_starts, k_starts = ctx.saved_tensors
     if g is None and g_lse is None:
-        return (None,) * 9
+        return (None,) * 11
     g = torch.zeros_like(out) if g is None else g
-    options = ctx.is_causal, ctx.scale, ctx.window, mask, ctx.dropout_p, seed, g_lse
-    return *flash_attention_backward(g, q, k, v, out, lse, *options), *[None] * 6
+    options = ctx.is_causal, ctx.scale, ctx.window, mask, ctx.dropout_p, seed, g_lse, q_starts, k_starts
+    return *flash_attention_backward(g, q, k, v, out, lse, *options), *[None] * 8
 
 
 flash_attention.register_autograd(_torch_backward, setup_context=_setup)
@@ -113,11 +131,15 @@ def _empty_BTHK(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(B, T, H, K).transpose(1, 2)
 
 
+def _empty_lse(q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+
+
 def _as_BTHK(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check(q, k, v, window, mask, dropout_p, seed) -> None:
+def check(q, k, v, window, mask, dropout_p, seed, q_starts=None, k_starts=None) -> None:
     """Raises KernelError where the shapes don't fit together."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -141,17 +163,36 @@ def check(q, k, v, window, mask, dropout_p, seed) -> None:
             fits = False
         if not fits:
             raise KernelError(f"flash attention: mask {list(mask.shape)}; expected what broadcasts to {list(wanted)}.")
+    starts = [s for s in (q_starts, k_starts) if s is not None]
+    if not starts:
+        return
+    fit = len(starts) == 2 and all(s.dtype == torch.int64 and s.dim() == 1 for s in starts) and len(q_starts) == len(k_starts) > 0
+    if not fit or q.shape[0] != 1 or mask is not None:
+        found = " and ".join(f"{s.dtype} {list(s.shape)}" for s in starts)
+        raise KernelError(
+            f"flash attention: sequences that start at {found}, {shapes}{'' if mask is None else ', a mask'}; expected q_starts and "
+            f"k_starts, int64 [n + 1] both, a batch of 1, and no mask."
+        )
 
 
-def available() -> bool:
-    """Can the C code be built on this machine?"""
-    return _native.available()
+def check_starts(q, k, q_starts, k_starts) -> None:
+    """Raises KernelError where the numbers in these don't ascend from 0 to the number of tokens."""
+    for name, starts, x in (("q_starts", q_starts, q), ("k_starts", k_starts, k)):
+        numbers = [] if starts is None else starts.tolist()
+        if numbers and (numbers[0] != 0 or numbers[-1] != x.shape[2] or sorted(numbers) != numbers):
+            raise KernelError(f"flash attention: {name} {numbers}; expected numbers that ascend from 0 to {x.shape[2]}.")
+
+
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Is there C code for this type that can be built on this machine?"""
+    return dtype in _NATIVE and _NATIVE[dtype].available()
 
 
 def native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
     """Does the C code serve these operands?"""
-    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in (q, k, v))
-    return fits and (mask is None or mask.dtype in (torch.bool, torch.float32)) and available()
+    fits = all(x.dtype == q.dtype and x.device.type == "cpu" and x.numel() > 0 for x in (q, k, v))
+    mask_fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
+    return fits and mask_fits and available(q.dtype)
 
 
 class _Tensor(ctypes.Structure):
@@ -162,7 +203,9 @@ class _Tensor(ctypes.Structure):
 
 class _Shape(ctypes.Structure):
     _fields_ = [(name, long) for name in ("B", "H", "G", "T", "S", "K", "left", "right")]
-    _fields_ += [("mask", _Tensor), ("mask_s", long), ("seed", ctypes.c_void_p)]
+    _fields_ += [("mask", _Tensor), ("mask_s", long)]
+    _fields_ += [("sequences", long), ("q_starts", ctypes.c_void_p), ("k_starts", ctypes.c_void_p), ("q0", long), ("k0", long)]
+    _fields_ += [("seed", ctypes.c_void_p)]
     _fields_ += [("scale", ctypes.c_float), ("kept", ctypes.c_float), ("threshold", ctypes.c_uint)]
 
 
@@ -170,7 +213,7 @@ class _Arrays(ctypes.Structure):
     _fields_ = [(name, _Tensor) for name in ("q", "k", "v", "out", "lse", "g", "g_lse", "dq", "dk", "dv")]
 
 
-def _shape(q, k, is_causal, scale, window, mask, dropout_p, seed) -> tuple[_Shape, tuple]:
+def _shape(q, k, is_causal, scale, window, mask, dropout_p, seed, q_starts, k_starts) -> tuple[_Shape, tuple]:
     """The description for the C code, and the tensors that it points into."""
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     reach = T + S if window is None else min(window - 1, T + S)
@@ -179,12 +222,17 @@ def _shape(q, k, is_causal, scale, window, mask, dropout_p, seed) -> tuple[_Shap
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
-        mask = mask.expand(B, H, T, S)
+        mask = mask.float().expand(B, H, T, S)
         shape.mask, shape.mask_s = _describe(mask), mask.stride(3)
     if seed is not None:
         seed = seed.contiguous()
         shape.seed, shape.kept, shape.threshold = seed.data_ptr(), 1 / (1 - dropout_p), threshold(dropout_p)
-    return shape, (mask, seed)
+    if q_starts is not None:
+        check_starts(q, k, q_starts, k_starts)
+        q_starts, k_starts = q_starts.contiguous(), k_starts.contiguous()
+        shape.q_starts, shape.k_starts, shape.sequences = q_starts.data_ptr(), k_starts.data_ptr(), len(q_starts) - 1
+        shape.T, shape.S = (int(s.diff().max()) for s in (q_starts, k_starts))
+    return shape, (mask, seed, q_starts, k_starts)
 
 
 def _describe(x: torch.Tensor | None) -> _Tensor:
@@ -201,11 +249,13 @@ def forward(outputs: tuple, args: tuple, kwargs: dict) -> None:
     _forward(*outputs, *args, **kwargs)
 
 
-def _forward(out, lse, q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
-    shape, _kept = _shape(q, k, is_causal, scale, window, mask, dropout_p, seed)
+def _forward(
+    out, lse, q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, q_starts=None, k_starts=None
+):
+    shape, _kept = _shape(q, k, is_causal, scale, window, mask, dropout_p, seed, q_starts, k_starts)
     q, k, v = map(_rows, (q, k, v))
     arrays = _Arrays(*map(_describe, (q, k, v, out, lse)))
-    _memory(_native.library.attention_forward(ctypes.byref(shape), ctypes.byref(arrays)))
+    _memory(_NATIVE[q.dtype].library.attention_forward(ctypes.byref(shape), ctypes.byref(arrays)))
 
 
 def backward(outputs: tuple, args: tuple, kwargs: dict) -> None:
@@ -215,12 +265,12 @@ def backward(outputs: tuple, args: tuple, kwargs: dict) -> None:
 
 def _backward(
     dq, dk, dv, g, q, k, v, out, lse,
-    is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None,
+    is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None, q_starts=None, k_starts=None,
 ):  # fmt: skip
-    shape, _kept = _shape(q, k, is_causal, scale, window, mask, dropout_p, seed)
-    g, q, k, v, out = map(_rows, (g, q, k, v, out))
+    shape, _kept = _shape(q, k, is_causal, scale, window, mask, dropout_p, seed, q_starts, k_starts)
+    g, q, k, v, out = (_rows(x.to(q.dtype)) for x in (g, q, k, v, out))
     arrays = _Arrays(*map(_describe, (q, k, v, out, lse, g, g_lse, dq, dk, dv)))
-    _memory(_native.library.attention_backward(ctypes.byref(shape), ctypes.byref(arrays)))
+    _memory(_NATIVE[q.dtype].library.attention_backward(ctypes.byref(shape), ctypes.byref(arrays)))
 
 
 def _memory(failed: int) -> None:

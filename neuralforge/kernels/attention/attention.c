@@ -5,7 +5,14 @@
    keys t - left <= s <= t + right: full, causal and sliding windows are all such bands, and what a row of a tile can't
    see isn't computed.
 
-   T queries and S keys of K numbers; H heads of queries, G of keys and values; P: K rounded up to whole vectors. */
+   Queries, keys, values, outputs and their gradients are float or bfloat16 in memory. In the blocks they are float; where
+   the CPU multiplies bfloat16 (CELLS, see bfloat16.h), they stay so, and weights and their gradients are rounded to it
+   for the products. The rest is float.
+
+   Packed sequences lie one after the other in a batch of one, and see only their own.
+
+   T queries and S keys of K numbers; H heads of queries, G of keys and values; P: K rounded up to whole vectors; W: that in
+   items, of two numbers where they are cells. */
 
 void *aligned_alloc(unsigned long, unsigned long);
 void free(void *);
@@ -21,23 +28,31 @@ enum {
 #define LN2 0.69314718055994530942
 #define INF __builtin_inff()
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long clamp(long x, long low, long high) { return most(low, least(x, high)); }
-INLINE long up(long x, long unit) { return (x + unit - 1) / unit * unit; }
 
-typedef struct { float *at; long b, h, t; } Tensor; /* [batch][head][time][contiguous], strides in elements */
+#ifdef CELLS
+typedef cell item; /* of a block's operands */
+enum { NUMBERS = 2, ROWS = 16, COLUMNS = 32 }; /* numbers in an item; rows and columns that products take at a time */
+#else
+typedef float item;
+enum { NUMBERS = 1, ROWS = MR, COLUMNS = L };
+#endif
+typedef struct { void *at; long b, h, t; } Tensor; /* [batch][head][time][contiguous], strides in elements */
 typedef struct {
     long B, H, G, T, S, K, left, right;
     Tensor mask; /* null without one */
     long mask_s;
+    long sequences; /* packed one after the other in a batch of one; T and S are the longest ones' then */
+    const long *q_starts, *k_starts; /* where they begin, and the last one ends; null where nothing is packed */
+    long q0, k0; /* where the sequence at hand begins */
     const long *seed; /* and offset; null without dropout */
     float scale, kept; /* kept: 1 / (1 - dropout); a weight is kept whose number is at least the threshold */
     unsigned threshold;
 } Shape;
 typedef struct { Tensor q, k, v, out, lse, g, g_lse, dq, dk, dv; } Arrays; /* g_lse may be null */
 
-INLINE float *row(Tensor x, long b, long h, long t) { return x.at + b * x.b + h * x.h + t * x.t; }
+INLINE stored *row(Tensor x, long b, long h, long t) { return (stored *)x.at + b * x.b + h * x.h + t * x.t; }
+INLINE float *row_f(Tensor x, long b, long h, long t) { return (float *)x.at + b * x.b + h * x.h + t * x.t; }
 
 /* ---- vectors */
 
@@ -63,46 +78,37 @@ INLINE f exp2_f(f x) {
     return (f)((b)y & ~(b)(x < SET_f(-126.0f)));
 }
 
-#define FROM(j, s) ((j) & (s) ? (j) - (s) + L : (j))
-#define ABOVE(j, s) ((j) & (s) ? (j) + L : (j) + (s))
-#if L == 16
-#define LANES(E, s) (b){E(0, s), E(1, s), E(2, s), E(3, s), E(4, s), E(5, s), E(6, s), E(7, s), \
-                        E(8, s), E(9, s), E(10, s), E(11, s), E(12, s), E(13, s), E(14, s), E(15, s)}
-#elif L == 8
-#define LANES(E, s) (b){E(0, s), E(1, s), E(2, s), E(3, s), E(4, s), E(5, s), E(6, s), E(7, s)}
-#else
-#define LANES(E, s) (b){E(0, s), E(1, s), E(2, s), E(3, s)}
-#endif
-#define ITSELF(j, s) (j)
-#define SWAP(s) \
-    _Pragma("GCC unroll 16") for (int i = 0; i < L; i++) if (!(i & s)) { \
-        f lower = __builtin_shuffle(x[i], x[i + s], LANES(FROM, s)); \
-        x[i + s] = __builtin_shuffle(x[i], x[i + s], LANES(ABOVE, s)); \
-        x[i] = lower; \
-    }
+INLINE f load_part(const stored *p, long n) { return n >= L ? STORED(load)(p) : STORED(load_some)(p, n); }
 
-/* A square of L rows, transposed. */
-INLINE void transpose(f *x) {
-    SWAP(1)
-    SWAP(2)
-#if L >= 8
-    SWAP(4)
-#endif
-#if L >= 16
-    SWAP(8)
-#endif
+/* ---- a block's operands: queries, keys, values or gradients, rows [n][K] that lie `step` apart, padded with zeros
+
+   rows_in        [n][W]     keys and values, for `scores`
+   transpose_in   [W][BQ]    queries and gradients, for `scores`
+   keys_in        [n][P]     for `to_queries`; of cells [P][BK / 2], pairs of keys
+   queries_in     [n][P]     for `to_keys`; of cells [BQ / 2][P], pairs of queries */
+
+#ifdef CELLS
+static void rows_in(item *to, const stored *from, long step, long n, long K, long P) {
+    cells_in(to, from, step, n, up(n, ROWS), K, P);
 }
-
-INLINE f load_part(const float *p, long n) { return n >= L ? load_f(p) : load_some_f(p, n); }
-
-/* Rows [n][K], `step` apart, as [n][P], zeros at the end of each. */
-static void copy_in(float *to, const float *from, long step, long n, long K, long P) {
+static void transpose_in(item *to, const stored *from, long step, long n, long K, long P, float factor) {
+    transpose_cells(to, BQ, from, step, n, K, P); /* the scores are multiplied by the factor */
+}
+static void keys_in(item *to, const stored *from, long step, long n, long K, long P) {
+    for (; n > 0; n -= BK, to += P * BK / 2, from += BK * step) transpose_pairs(to, from, step, least(n, BK), BK, K, P);
+}
+static void queries_in(item *to, const stored *from, long step, long n, long K, long P) {
+    pairs_in(to, from, step, n, up(n, COLUMNS), K, P);
+}
+#else
+static void rows_in(float *to, const stored *from, long step, long n, long K, long P) {
     for (long t = 0; t < n; t++, to += P, from += step)
         for (long i = 0; i < P; i += L) store_f(to + i, load_part(from + i, K - i));
 }
 
-/* Rows [n][K] times `factor` as [P][BQ], zeros in the last columns. */
-static void transpose_in(float *to, const float *from, long step, long n, long K, long P, float factor) {
+static void keys_in(item *to, const stored *from, long step, long n, long K, long P) { rows_in(to, from, step, n, K, P); }
+static void queries_in(item *to, const stored *from, long step, long n, long K, long P) { rows_in(to, from, step, n, K, P); }
+static void transpose_in(float *to, const stored *from, long step, long n, long K, long P, float factor) {
     for (long t = 0; t < up(n, L); t += L)
         for (long i = 0; i < P; i += L) {
             f x[L];
@@ -113,15 +119,36 @@ static void transpose_in(float *to, const float *from, long step, long n, long K
             for (long j = 0; j < L; j++) store_f(to + (i + j) * BQ + t, x[j]);
         }
 }
+#endif
 
 /* Rows [n][K] of [n][P] times `factor` (by row if `each`). */
-static void copy_out(float *to, long step, const float *from, long n, long K, long P, const float *each, float factor) {
+static void copy_out(stored *to, long step, const float *from, long n, long K, long P, const float *each, float factor) {
     for (long t = 0; t < n; t++, to += step, from += P) {
         float y = each ? each[t] : factor;
         for (long i = 0; i < K; i += L)
-            if (K - i >= L) store_f(to + i, load_f(from + i) * y);
-            else store_some_f(to + i, load_f(from + i) * y, K - i);
+            if (K - i >= L) STORED(store)(to + i, load_f(from + i) * y);
+            else STORED(store_some)(to + i, load_f(from + i) * y, K - i);
     }
+}
+
+/* What `to_queries` makes, [BQ][P] or of cells its transpose, as rows [n][K]. */
+static void queries_out(stored *to, long step, float *from, long n, long K, long P, const float *each, float factor) {
+#ifdef CELLS
+    for (long t = 0; t < n; t += L)
+        for (long i = 0; i < K; i += L) {
+            f x[L], y = each ? load_f(each + t) : SET_f(factor);
+            #pragma GCC unroll 16
+            for (long j = 0; j < L; j++) x[j] = load_f(from + (i + j) * BQ + t) * y;
+            transpose(x);
+            #pragma GCC unroll 16
+            for (long j = 0; j < L; j++)
+                if (t + j >= n) break;
+                else if (K - i >= L) STORED(store)(to + (t + j) * step + i, x[j]);
+                else STORED(store_some)(to + (t + j) * step + i, x[j], K - i);
+        }
+#else
+    copy_out(to, step, from, n, K, P, each, factor);
+#endif
 }
 
 /* ---- products: MR rows of c = beta c + a b, with a[i, k] at a[i ai + k ak]; beta, one for each row, null for 0 */
@@ -173,13 +200,89 @@ INLINE long last_query(const Shape *z, Block w, long i, long n) { return clamp(w
 INLINE long first_key(const Shape *z, Block w, long i) { return clamp(w.q + i - z->left - w.k, 0, w.nk); }
 INLINE long last_key(const Shape *z, Block w, long i, long n) { return clamp(w.q + i + n + z->right - w.k, 0, w.nk); }
 
-/* s[key][query] = a . b, a: [nk][P] keys or values, b: [P][BQ] queries or gradients. */
-static void scores(const Shape *z, Block w, const float *a, long P, const float *b, float *s) {
+/* The rows in which any query of column j, a vector of queries, sees a key, in whole tiles; none where to <= from. */
+INLINE void seen(const Shape *z, Block w, long j, long *from, long *to) {
+    *from = clamp(w.q + j - z->left - w.k, 0, up(w.nk, MR)) / MR * MR, *to = least(w.nk, up(last_key(z, w, j, L), MR));
+}
+
+#ifdef CELLS
+/* s[key][query] = factor a . b, a: [nk][W] keys or values, b: [W][BQ] queries or gradients. */
+static void scores(const Shape *z, Block w, const item *a, long P, const item *b, float factor, float *s) {
+    for (long i = 0; i < w.nk; i += COLUMNS) {
+        long rows = least(COLUMNS, up(w.nk - i, ROWS));
+        long from = first_query(z, w, i) / L * L, to = up(last_query(z, w, i, COLUMNS), L);
+        if (from >= to) continue;
+        cell_product(rows, to - from, P / 2, a + i * P / 2, P / 2, b + from, BQ, s + i * BQ + from, BQ, 0);
+        if (factor == 1) continue;
+        for (long t = i; t < i + rows; t++)
+            for (long j = from; j < to; j += L) store_f(s + t * BQ + j, load_f(s + t * BQ + j) * factor);
+    }
+}
+
+/* Floats s[key][query] rounded to operands of to_queries, pairs of keys, and of to_keys, in place; zeros where nothing is
+   seen, which products of whole tiles read too. */
+static const item *paired_keys(const Shape *z, Block w, const float *s, item *pairs) {
+    for (long j = 0; j < w.nq; j += L) {
+        long from, to;
+        seen(z, w, j, &from, &to);
+        for (long i = 0; i < up(w.nk, COLUMNS); i += 2)
+            if (from <= i && i < to) {
+                f next = i + 1 < to ? load_f(s + (i + 1) * BQ + j) : SET_f(0);
+                store_pairs(pairs + i / 2 * BQ + j, load_f(s + i * BQ + j), next);
+            } else {
+                *(cells *)(pairs + i / 2 * BQ + j) = (words){};
+            }
+    }
+    return pairs;
+}
+static const item *paired_queries(const Shape *z, Block w, float *s) {
+    for (long j = 0; j < up(w.nq, COLUMNS); j += L) {
+        long from, to;
+        seen(z, w, j, &from, &to);
+        if (j >= w.nq) to = 0;
+        for (long i = 0; i < up(w.nk, ROWS); i++)
+            store_row(s + i * BQ, j, from <= i && i < to ? load_f(s + i * BQ + j) : SET_f(0));
+    }
+    return (const item *)s;
+}
+
+/* c[][query] = beta c[][query] + sum of s[key][query] x[key] */
+static void to_queries(const Shape *z, Block w, const item *s, const item *x, long P, float *c, const float *beta) {
+    for (long j = 0; j < w.nq; j += COLUMNS) {
+        long width = least(COLUMNS, up(w.nq - j, L));
+        for (long i = j; i < j + width; i += L) {
+            f y = load_f(beta + i);
+            int same = 1;
+            for (int t = 0; t < L; t++) same &= beta[i + t] == 1;
+            if (!same) for (long k = 0; k < P; k++) store_f(c + k * BQ + i, load_f(c + k * BQ + i) * y);
+        }
+        long from = first_key(z, w, j) / 32 * 32, to = up(last_key(z, w, j, COLUMNS), 32);
+        if (from < to) cell_product(P, width, (to - from) / 2, x + from / 2, BK / 2, s + from / 2 * BQ + j, BQ, c + j, BQ, 1);
+    }
+}
+
+/* c[key] += sum of s[key][query] x[query] */
+static void to_keys(const Shape *z, Block w, const item *s, const item *x, long P, float *c) {
+    for (long i = 0; i < w.nk; i += COLUMNS) {
+        long from = first_query(z, w, i) / 32 * 32, to = up(last_query(z, w, i, COLUMNS), 32);
+        long rows = least(COLUMNS, up(w.nk - i, ROWS));
+        if (from < to) cell_product(rows, P, (to - from) / 2, s + i * BQ + from / 2, BQ, x + from / 2 * P, P, c + i * P, P, 1);
+    }
+}
+#else
+typedef int Tiles;
+INLINE Tiles begin_products(void) { return 0; }
+INLINE void end_products(Tiles before) { (void)before; }
+/* s[key][query] = a . b, a: [nk][P] keys or values, b: [P][BQ] queries or gradients, multiplied by the factor already. */
+static void scores(const Shape *z, Block w, const item *a, long P, const item *b, float factor, float *s) {
     for (long i = 0; i < w.nk; i += MR) {
         long from = first_query(z, w, i) / L * L, to = up(last_query(z, w, i, MR), L);
         if (from < to) product(to - from, z->K, a + i * P, P, 1, b + from, BQ, s + i * BQ + from, BQ, 0);
     }
 }
+
+INLINE const item *paired_keys(const Shape *z, Block w, const float *s, item *pairs) { return s; }
+INLINE const item *paired_queries(const Shape *z, Block w, float *s) { return s; }
 
 /* c[query] = beta c[query] + sum of s[key][query] x[key] */
 static void to_queries(const Shape *z, Block w, const float *s, const float *x, long P, float *c, const float *beta) {
@@ -197,10 +300,11 @@ static void to_keys(const Shape *z, Block w, const float *s, const float *x, lon
         if (n > 0) product(P, n, s + i * BQ + from, BQ, 1, x + from * P, P, c + i * P, P, one);
     }
 }
+#endif
 
-/* The rows in which any query of column j, a vector of queries, sees a key, in whole tiles; -inf where it sees none. */
+/* The same rows, and -inf in them where a query doesn't see the key. */
 INLINE void band(const Shape *z, long head, Block w, long j, float *s, long *from, long *to) {
-    *from = first_key(z, w, j) / MR * MR, *to = least(w.nk, up(last_key(z, w, j, L), MR));
+    seen(z, w, j, from, to);
     long low = clamp(w.q + j + L - 1 - z->left - w.k, *from, *to), high = clamp(w.q + j + z->right + 1 - w.k, low, *to);
     b lane = LANES(ITSELF, 0);
     for (long i = *from; i < *to; i++) {
@@ -210,7 +314,7 @@ INLINE void band(const Shape *z, long head, Block w, long j, float *s, long *fro
         b out = (b)(distance > (int)least(z->right, 1 << 30)) | (b)(distance < -(int)least(z->left, 1 << 30));
         store_f(s + i * BQ + j, SELECT_f(out, SET_f(-INF), load_f(s + i * BQ + j)));
     }
-    const float *mask = z->mask.at ? row(z->mask, head / z->H, head % z->H, 0) : 0;
+    const float *mask = z->mask.at ? row_f(z->mask, head / z->H, head % z->H, 0) : 0;
     if (mask)
         for (long t = 0; t < least(L, w.nq - j); t++)
             for (long i = *from; i < *to; i++)
@@ -219,44 +323,34 @@ INLINE void band(const Shape *z, long head, Block w, long j, float *s, long *fro
 
 /* ---- dropout: a weight's place is the counter, so that backward draws the same numbers */
 
-typedef unsigned u __attribute__((vector_size(L * 4)));
-typedef unsigned long wide __attribute__((vector_size(L * 4)));
-
-/* The products of the lower halves of each 64 bits. */
-#if defined(__AVX512F__)
-INLINE wide multiply(wide x, wide y) { wide z; __asm__("vpmuludq %2, %1, %0" : "=v"(z) : "v"(x), "v"(y)); return z; }
-#elif defined(__AVX2__)
-INLINE wide multiply(wide x, wide y) { wide z; __asm__("vpmuludq %2, %1, %0" : "=x"(z) : "x"(x), "x"(y)); return z; }
-#else
-INLINE wide multiply(wide x, wide y) { return (x & 0xffffffffUL) * (y & 0xffffffffUL); }
-#endif
-
-/* Philox 4x32, 7 rounds: the fewest that pass all tests (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405). */
-INLINE void philox(u *x, long seed) {
-    unsigned key0 = seed, key1 = (unsigned long)seed >> 32;
-    wide low = (wide){} + 0xffffffffUL;
-    for (int n = 0; n < 7; n++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
-        wide a = (wide){} + 0xD2511F53UL, b = (wide){} + 0xCD9E8D57UL;
-        wide even0 = multiply((wide)x[0], a), odd0 = multiply((wide)x[0] >> 32, a);
-        wide even1 = multiply((wide)x[2], b), odd1 = multiply((wide)x[2] >> 32, b);
-        u high0 = (u)((even0 >> 32) | (odd0 & ~low)), high1 = (u)((even1 >> 32) | (odd1 & ~low));
-        x[0] = high1 ^ x[1] ^ key0, x[2] = high0 ^ x[3] ^ key1;
-        x[1] = (u)((even1 & low) | (odd1 << 32)), x[3] = (u)((even0 & low) | (odd0 << 32));
-    }
-}
-
 /* For the rows from .. to of column j: 0 or `kept` in keep[key][L]. */
 static void draw(const Shape *z, long head, Block w, long j, long from, long to, float *keep) {
     f kept = z->kept - (f){};
-    u x[4], query = (u)LANES(ITSELF, 0) + (unsigned)(w.q + j);
+    u x[4], query = (u)LANES(ITSELF, 0) + (unsigned)(z->q0 + w.q + j);
     for (long i = from; i < to; i++) {
-        long key = w.k + i;
+        long key = z->k0 + w.k + i;
         if (i == from || key % 4 == 0) {
             x[0] = (u){} + (unsigned)(key / 4), x[1] = query, x[2] = (u){} + (unsigned)head, x[3] = (u){} + (unsigned)z->seed[1];
             philox(x, z->seed[0]);
         }
         store_f(keep + i * L, (f)((b)kept & (b)(x[key % 4] >= (u){} + z->threshold)));
     }
+}
+
+/* ---- packed sequences */
+
+INLINE void skip(Tensor *x, long t, long size) { if (x->at) x->at = (char *)x->at + t * x->t * size; }
+
+/* Row n of the batch, or the n-th of packed sequences as a batch of one. Returns the row to take in `own_x`. */
+static long sequence(const Shape *z, const Arrays *x, long n, Shape *own, Arrays *own_x) {
+    *own = *z, *own_x = *x;
+    if (!z->q_starts) return n;
+    own->q0 = z->q_starts[n], own->T = z->q_starts[n + 1] - own->q0;
+    own->k0 = z->k_starts[n], own->S = z->k_starts[n + 1] - own->k0;
+    Tensor *queries[] = {&own_x->q, &own_x->out, &own_x->g, &own_x->dq}, *keys[] = {&own_x->k, &own_x->v, &own_x->dk, &own_x->dv};
+    for (int i = 0; i < 4; i++) skip(queries[i], own->q0, sizeof(stored)), skip(keys[i], own->k0, sizeof(stored));
+    skip(&own_x->lse, own->q0, sizeof(float)), skip(&own_x->g_lse, own->q0, sizeof(float));
+    return 0;
 }
 
 /* ---- forward */
@@ -291,15 +385,17 @@ static void weights(const Shape *z, long head, Block w, float *s, float *top, fl
     }
 }
 
-INLINE float *take(float **memory, long n) { float *p = *memory; *memory += up(n, 16); return p; }
+INLINE void *take(float **memory, long n) { float *p = *memory; *memory += up(n, 16); return p; }
 
 /* The queries q .. q + nq of a head. Keys and values are copied when first needed, side by side. */
 static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q, long nq, float *memory) {
-    long K = z->K, P = up(K, L), g = h / (z->H / z->G), head = b * z->H + h, first = most(0, q - z->left), ready = first;
+    long K = z->K, P = up(K, NUMBERS * L), W = P / NUMBERS, g = h / (z->H / z->G), head = b * z->H + h;
+    long first = most(0, q - z->left), ready = first;
     int once = nq <= BQ; /* no copy serves again */
-    float *qt = take(&memory, P * BQ), *s = take(&memory, BK * BQ), *o = take(&memory, BQ * P);
-    float *top = take(&memory, BQ), *total = take(&memory, BQ), *decay = take(&memory, BQ);
-    float *keys = take(&memory, up(z->S, BK) * P), *values = take(&memory, up(z->S, BK) * P), *keep = take(&memory, BK * L);
+    float *s = take(&memory, BK * BQ), *o = take(&memory, BQ * P);
+    float *top = take(&memory, BQ), *total = take(&memory, BQ), *decay = take(&memory, BQ), *keep = take(&memory, BK * L);
+    item *qt = take(&memory, W * BQ), *pairs = take(&memory, BK * BQ / 2);
+    item *keys = take(&memory, up(z->S, BK) * W), *values = take(&memory, up(z->S, BK) * W);
     for (long i = q; i < q + nq; i += BQ) {
         long n = least(BQ, q + nq - i), end = least(z->S, i + n + z->right);
         transpose_in(qt, row(x->q, b, h, i), x->q.t, n, K, P, z->scale * LOG2E);
@@ -307,38 +403,43 @@ static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q
         __builtin_memset(o, 0, BQ * P * sizeof(float));
         for (long k = first + most(0, i - z->left - first) / BK * BK; k < end; k += BK) {
             Block w = {i, n, k, least(BK, end - k)};
-            float *key = keys + (once ? 0 : (k - first) * P), *value = values + (once ? 0 : (k - first) * P);
+            item *key = keys + (once ? 0 : (k - first) * W), *value = values + (once ? 0 : (k - first) * W);
             if (k >= ready) {
                 ready = least(k + BK, z->S);
-                copy_in(key, row(x->k, b, g, k), x->k.t, ready - k, K, P);
-                copy_in(value, row(x->v, b, g, k), x->v.t, ready - k, K, P);
+                rows_in(key, row(x->k, b, g, k), x->k.t, ready - k, K, P);
+                keys_in(value, row(x->v, b, g, k), x->v.t, ready - k, K, P);
             }
-            scores(z, w, key, P, qt, s);
+            scores(z, w, key, P, qt, z->scale * LOG2E, s);
             weights(z, head, w, s, top, total, decay, keep);
-            to_queries(z, w, s, value, P, o, decay);
+            to_queries(z, w, paired_keys(z, w, s, pairs), value, P, o, decay);
         }
         for (long t = 0; t < n; t++) {
-            *row(x->lse, b, h, i + t) = total[t] == 0 ? -INF : (double)top[t] * LN2 + __builtin_log(total[t]);
+            *row_f(x->lse, b, h, i + t) = total[t] == 0 ? -INF : (double)top[t] * LN2 + __builtin_log(total[t]);
             total[t] = total[t] == 0 ? 0 : 1 / total[t];
         }
-        copy_out(row(x->out, b, h, i), x->out.t, o, n, K, P, total, 0);
+        queries_out(row(x->out, b, h, i), x->out.t, o, n, K, P, total, 0);
     }
 }
 
 /* A part for each head; for parts of heads, where those are few for the threads. Returns nonzero without memory. */
 long attention_forward(const Shape *z, const Arrays *x) {
-    long P = up(z->K, L), heads = z->B * z->H, blocks = up(z->T, BQ) / BQ, failed = 0;
+    long P = up(z->K, NUMBERS * L), heads = (z->q_starts ? z->sequences : z->B) * z->H, blocks = up(z->T, BQ) / BQ, failed = 0;
     long run = clamp(blocks * heads / (6 * omp_get_max_threads()), 1, blocks), parts = up(blocks, run) / run;
-    long size = 2 * BQ * P + 2 * up(z->S, BK) * P + BK * (BQ + L) + 3 * BQ + 9 * 16;
+    long size = 2 * BQ * P + 2 * up(z->S, BK) * P / NUMBERS + BK * (BQ + BQ / 2 + L) + 3 * BQ + 10 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));
         failed |= !memory;
+        Tiles before = begin_products();
         #pragma omp for schedule(dynamic)
         for (long n = 0; n < parts * heads; n++) {
-            long head = n % heads, q = (parts - 1 - n / heads) * run * BQ; /* causal: the longest first */
-            if (memory) forward_part(z, x, head / z->H, head % z->H, q, least(run * BQ, z->T - q), memory);
+            Shape own;
+            Arrays own_x;
+            long b = sequence(z, x, n % heads / z->H, &own, &own_x);
+            long q = ((own.T + run * BQ - 1) / (run * BQ) - 1 - n / heads) * run * BQ; /* causal: the longest first */
+            if (memory && q >= 0) forward_part(&own, &own_x, b, n % z->H, q, least(run * BQ, own.T - q), memory);
         }
+        end_products(before);
         free(memory);
     }
     return failed;
@@ -363,12 +464,13 @@ static void weights_backward(const Shape *z, long head, Block w, float *s, float
     }
 }
 
-/* delta[query] = the sum of g * out over a row, each [n][P] */
-static void row_products(const float *g, const float *out, long out_t, long n, long K, long P, float *delta) {
+/* delta[query] = the sum of g * out over a row */
+static void row_products(const stored *g, long g_t, const stored *out, long out_t, long n, long K, float *delta) {
     for (long t = 0; t < n; t += L) {
         f x[L] = {}, sum = SET_f(0);
         for (long j = 0; j < least(L, n - t); j++)
-            for (long i = 0; i < K; i += L) x[j] += load_f(g + (t + j) * P + i) * load_part(out + (t + j) * out_t + i, K - i);
+            for (long i = 0; i < K; i += L)
+                x[j] += load_part(g + (t + j) * g_t + i, K - i) * load_part(out + (t + j) * out_t + i, K - i);
         transpose(x);
         for (int j = 0; j < L; j++) sum += x[j];
         store_f(delta + t, sum);
@@ -379,17 +481,19 @@ static void row_products(const float *g, const float *out, long out_t, long n, l
    dq of these queries if `queries`, dk and dv of these keys if `keys`. */
 static void backward_part(const Shape *z, const Arrays *x, long b, long h, long nh, long q, long nq, long k, long nk, int queries,
                           int keys, float *memory) {
-    long K = z->K, P = up(K, L), g = h / (z->H / z->G);
-    float *key = take(&memory, up(nk, MR) * P), *value = take(&memory, up(nk, MR) * P);
-    float *dk = take(&memory, up(nk, MR) * P), *dv = take(&memory, up(nk, MR) * P);
-    float *qt = take(&memory, P * BQ), *gt = take(&memory, P * BQ), *qn = take(&memory, BQ * P), *gn = take(&memory, BQ * P);
-    float *dq = take(&memory, BQ * P), *s = take(&memory, BK * BQ), *d = take(&memory, BK * BQ);
-    float *lse = take(&memory, BQ), *delta = take(&memory, BQ), *one = take(&memory, BQ), *keep = take(&memory, BK * L);
-    copy_in(key, row(x->k, b, g, k), x->k.t, nk, K, P);
-    copy_in(value, row(x->v, b, g, k), x->v.t, nk, K, P);
+    long K = z->K, P = up(K, NUMBERS * L), W = P / NUMBERS, g = h / (z->H / z->G);
+    float *dk = take(&memory, up(nk, ROWS) * P), *dv = take(&memory, up(nk, ROWS) * P), *dq = take(&memory, BQ * P);
+    float *s = take(&memory, BK * BQ), *d = take(&memory, BK * BQ), *keep = take(&memory, BK * L);
+    float *lse = take(&memory, BQ), *delta = take(&memory, BQ), *one = take(&memory, BQ);
+    item *qt = take(&memory, W * BQ), *gt = take(&memory, W * BQ), *qn = take(&memory, BQ * W), *gn = take(&memory, BQ * W);
+    item *key = take(&memory, up(nk, ROWS) * W), *value = take(&memory, up(nk, ROWS) * W), *pairs = take(&memory, BK * BQ / 2);
+    item *summed = NUMBERS == 1 ? key : take(&memory, up(nk, BK) * W); /* the keys, for dq */
+    rows_in(key, row(x->k, b, g, k), x->k.t, nk, K, P);
+    rows_in(value, row(x->v, b, g, k), x->v.t, nk, K, P);
+    if (summed != key && queries) keys_in(summed, row(x->k, b, g, k), x->k.t, nk, K, P);
     if (keys) {
-        __builtin_memset(dk, 0, nk * P * sizeof(float));
-        __builtin_memset(dv, 0, nk * P * sizeof(float));
+        __builtin_memset(dk, 0, up(nk, ROWS) * P * sizeof(float));
+        __builtin_memset(dv, 0, up(nk, ROWS) * P * sizeof(float));
     }
     for (long i = 0; i < BQ; i++) one[i] = 1;
     for (long head = h; head < h + nh; head++)
@@ -398,29 +502,29 @@ static void backward_part(const Shape *z, const Arrays *x, long b, long h, long 
             if (start < end) {
                 transpose_in(qt, row(x->q, b, head, i), x->q.t, n, K, P, z->scale * LOG2E);
                 transpose_in(gt, row(x->g, b, head, i), x->g.t, n, K, P, 1);
-                copy_in(gn, row(x->g, b, head, i), x->g.t, n, K, P);
-                if (keys) copy_in(qn, row(x->q, b, head, i), x->q.t, n, K, P);
-                row_products(gn, row(x->out, b, head, i), x->out.t, n, K, P, delta);
+                if (keys) queries_in(gn, row(x->g, b, head, i), x->g.t, n, K, P);
+                if (keys) queries_in(qn, row(x->q, b, head, i), x->q.t, n, K, P);
+                row_products(row(x->g, b, head, i), x->g.t, row(x->out, b, head, i), x->out.t, n, K, delta);
                 for (long t = 0; t < up(n, L); t++) {
-                    float y = t < n ? *row(x->lse, b, head, i + t) * LOG2E : INF;
+                    float y = t < n ? *row_f(x->lse, b, head, i + t) * LOG2E : INF;
                     lse[t] = y == -INF ? INF : y; /* a query that sees nothing: no weights */
-                    if (x->g_lse.at && t < n) delta[t] -= *row(x->g_lse, b, head, i + t);
+                    if (x->g_lse.at && t < n) delta[t] -= *row_f(x->g_lse, b, head, i + t);
                 }
             }
             __builtin_memset(dq, 0, BQ * P * sizeof(float));
             start = k + (start - k) / BK * BK;
             for (long j = start; j < end; j += BK) {
                 Block w = {i, n, j, least(BK, end - j)};
-                scores(z, w, key + (j - k) * P, P, qt, s);
-                scores(z, w, value + (j - k) * P, P, gt, d);
+                scores(z, w, key + (j - k) * W, P, qt, z->scale * LOG2E, s);
+                scores(z, w, value + (j - k) * W, P, gt, 1, d);
                 weights_backward(z, b * z->H + head, w, s, d, lse, delta, keep);
+                if (queries) to_queries(z, w, paired_keys(z, w, d, pairs), summed + (j - k) * W, P, dq, one);
                 if (keys) {
-                    to_keys(z, w, s, gn, P, dv + (j - k) * P);
-                    to_keys(z, w, d, qn, P, dk + (j - k) * P);
+                    to_keys(z, w, paired_queries(z, w, s), gn, P, dv + (j - k) * P);
+                    to_keys(z, w, paired_queries(z, w, d), qn, P, dk + (j - k) * P);
                 }
-                if (queries) to_queries(z, w, d, key + (j - k) * P, P, dq, one);
             }
-            if (queries) copy_out(row(x->dq, b, head, i), x->dq.t, dq, n, K, P, 0, z->scale);
+            if (queries) queries_out(row(x->dq, b, head, i), x->dq.t, dq, n, K, P, 0, z->scale);
         }
     if (keys) {
         copy_out(row(x->dk, b, g, k), x->dk.t, dk, nk, K, P, 0, z->scale);
@@ -431,28 +535,35 @@ static void backward_part(const Shape *z, const Arrays *x, long b, long h, long 
 /* Where there are groups enough for the threads, each is one part, five products. Else one part for each block of
    queries and one for each block of keys, seven products. */
 long attention_backward(const Shape *z, const Arrays *x) {
-    long P = up(z->K, L), groups = z->B * z->G, threads = omp_get_max_threads(), failed = 0, share = z->H / z->G;
+    long batch = z->q_starts ? z->sequences : z->B, threads = omp_get_max_threads(), failed = 0;
+    long P = up(z->K, NUMBERS * L), groups = batch * z->G, heads = batch * z->H, share = z->H / z->G;
     int whole = groups >= 3 * threads || groups % threads == 0;
     long q_parts = up(z->T, BQ) / BQ, k_parts = up(z->S, BK) / BK;
-    long parts = whole ? groups : z->B * z->H * q_parts + groups * k_parts;
-    long size = 4 * up(z->S, MR) * P + 5 * BQ * P + BK * (2 * BQ + L) + 3 * BQ + 15 * 16;
+    long parts = whole ? groups : heads * q_parts + groups * k_parts;
+    long size = 4 * up(z->S, BK) * P + 5 * BQ * P + BK * (2 * BQ + BQ / 2 + L) + 3 * BQ + 17 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));
         failed |= !memory;
+        Tiles before = begin_products();
         #pragma omp for schedule(dynamic)
         for (long n = 0; n < parts; n++) {
+            Shape own;
+            Arrays own_x;
             if (!memory) continue;
             if (whole) {
-                backward_part(z, x, n / z->G, n % z->G * share, share, 0, z->T, 0, z->S, 1, 1, memory);
-            } else if (n < z->B * z->H * q_parts) {
-                long head = n / q_parts, i = n % q_parts * BQ;
-                backward_part(z, x, head / z->H, head % z->H, 1, i, least(BQ, z->T - i), 0, z->S, 1, 0, memory);
+                long b = sequence(z, x, n / z->G, &own, &own_x);
+                backward_part(&own, &own_x, b, n % z->G * share, share, 0, own.T, 0, own.S, 1, 1, memory);
+            } else if (n < heads * q_parts) {
+                long head = n / q_parts, i = n % q_parts * BQ, b = sequence(z, x, head / z->H, &own, &own_x);
+                if (i < own.T) backward_part(&own, &own_x, b, head % z->H, 1, i, least(BQ, own.T - i), 0, own.S, 1, 0, memory);
             } else {
-                long part = n - z->B * z->H * q_parts, group = part / k_parts, i = part % k_parts * BK;
-                backward_part(z, x, group / z->G, group % z->G * share, share, 0, z->T, i, least(BK, z->S - i), 0, 1, memory);
+                long part = n - heads * q_parts, group = part / k_parts, i = part % k_parts * BK;
+                long b = sequence(z, x, group / z->G, &own, &own_x), h = group % z->G * share;
+                if (i < own.S) backward_part(&own, &own_x, b, h, share, 0, own.T, i, least(BK, own.S - i), 0, 1, memory);
             }
         }
+        end_products(before);
         free(memory);
     }
     return failed;

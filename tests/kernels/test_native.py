@@ -1,0 +1,35 @@
+"""Kernels built ahead: while a program is being captured, on a thread of their own."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import sys, torch
+import neuralforge as nf
+from neuralforge.kernels import native, toolchain
+built, build = [], toolchain._build
+toolchain._build = lambda command, source, library: (built.append(library.name.split("-")[0]), build(command, source, library))
+x = torch.linspace(-1, 1, 64)
+torch.testing.assert_close(nf.jit(lambda x: torch.exp(x) * 2)(x), torch.exp(x) * 2)
+native.built_ahead()
+assert all(kernel._loaded for kernel in native._ALL) == (sys.argv[1] == "first")
+print(*sorted(built))
+"""
+
+
+def test_once_for_a_machine(tmp_path):
+    def run(which: str, **env: str) -> tuple[list[str], str]:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, which], capture_output=True, text=True,
+            env={**os.environ, "NEURALFORGE_CACHE": str(tmp_path), **env},
+        )  # fmt: skip
+        assert not done.returncode, done.stderr
+        return done.stdout.split(), done.stderr
+
+    built, said = run("first")
+    assert {"attention", "cross_entropy", "matmul", "fused"} <= set(built) and len(set(built)) == len(built)
+    assert said.startswith("building the kernels for this machine, once")
+    assert run("second") == ([], "")
+    built, said = run("second", CC="no-such-compiler")
+    assert not built and "building" not in said and "no C compiler" in said
