@@ -34,14 +34,18 @@ def _aten_backward(g, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None
     return (g, q, k, v, out, lse, is_causal, scale, None, attn_mask), dropout_p
 
 
-def _own_forward(q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
-    return (q, k, v, is_causal, scale, window, mask, dropout_p, seed), 0.0
+def _own_forward(
+    q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, q_starts=None, k_starts=None
+):
+    return (q, k, v, is_causal, scale, window, mask, dropout_p, seed, q_starts, k_starts), 0.0
 
 
 def _own_backward(
-    g, q, k, v, out, lse, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None
-):
-    return (g, q, k, v, out, lse, is_causal, scale, window, mask, dropout_p, seed, g_lse), 0.0
+    g, q, k, v, out, lse,
+    is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, g_lse=None, q_starts=None, k_starts=None,
+):  # fmt: skip
+    options = is_causal, scale, window, mask, dropout_p, seed, g_lse, q_starts, k_starts
+    return (g, q, k, v, out, lse, *options), 0.0
 
 
 _KERNELS = {
@@ -51,3 +55,19 @@ _KERNELS = {
     own.flash_attention_backward.default: (attention.backward, _own_backward, 1),
 }
 """What writes, its arguments (and the probability of dropout) from the operator's, and which of them is q."""
+
+
+def attention_flops(eq: Equation) -> int | None:
+    """Floating-point operations of an attention equation, of the scores that its mask leaves; None for another equation."""
+    if eq.op not in _KERNELS:
+        return None
+    _, arguments, first = _KERNELS[eq.op]
+    args, _ = arguments(*eq.args, **eq.kwargs)
+    q, k, causal, window = args[first], args[first + 1], args[6 if first else 3], args[8 if first else 5]
+    batch, heads, rows, width = q.shape
+    columns = k.shape[-2]
+    scores = rows * columns
+    if causal:
+        seen = min(window or columns, columns)  # of each row, but for the first ones
+        scores = rows * seen - seen * (seen - 1) // 2 if rows == columns else scores
+    return (10 if first else 4) * batch * heads * scores * width

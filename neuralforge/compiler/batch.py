@@ -56,5 +56,6 @@ def batch(graph: Graph) -> Graph:
 
 
 def _join(members: list[Equation]) -> Equation:
-    op = Fused([part for eq in members for part in eq.op.parts])
+    why = f"{len(members)} groups of equal code in one call, the first: {members[0].op.why}"
+    op = Fused([part for eq in members for part in eq.op.parts], why)
     return Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), members[-1].source, "batch")

@@ -12,7 +12,8 @@ Sizes and outer strides are parameters: groups that differ in nothing else share
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from ..kernels.native import prelude
-from ..kernels.toolchain import load_many
+from ..kernels.toolchain import compiler, load_many
 from .fuse import Fused
 from .layout import Layout, Loop, Node
 from .pointwise import STORED
@@ -36,17 +37,31 @@ FILES = 4
 """Files that the kernels of one program are spread over, to compile side by side."""
 
 
+_built: dict[tuple, Any] = {}
+"""Functions by what they were compiled from: programs of other shapes share them."""
+
+
 def build(groups: list[Fused]) -> dict[Fused, Callable[[tuple, tuple, dict], None]]:
     """Native code for `groups`: for each, `run(outputs, inputs, kwargs)` that fills preallocated outputs. Raises
     KernelError as the toolchain does."""
-    bodies: dict[str, str] = {}  # text of a function -> its name
-    name_of = {group: bodies.setdefault(source(group.layouts[0]), f"kernel{len(bodies)}") for group in groups}
-    files: list[list[str]] = [[] for _ in range(min(FILES, len(bodies)))]
-    for n, (text, name) in enumerate(bodies.items()):
-        files[n % len(files)].append(text.replace("KERNEL", name))
-    libraries = load_many([(prelude() + _vector_math() + "\n".join(file), "fused") for file in files])
-    where = {name: libraries[n % len(files)] for n, name in enumerate(bodies.values())}
-    return {group: _caller(getattr(where[name_of[group]], name_of[group]), group) for group in groups}
+    texts = {group: source(group.layouts[0]) for group in groups}
+    built = functions(texts.values())
+    return {group: _caller(built[text], group) for group, text in texts.items()}
+
+
+def functions(texts: Iterable[str]) -> dict[str, Any]:
+    """The C functions of these texts, which call theirs KERNEL, compiled unless they were before. Raises KernelError as
+    the toolchain does."""
+    texts = list(dict.fromkeys(texts))
+    head = prelude() + _vector_math()
+    built_with = (head, compiler(os.environ.get("CC")))
+    missing = [text for text in texts if (*built_with, text) not in _built]
+    name = {text: f"kernel{n}" for n, text in enumerate(missing)}
+    files = [missing[n::FILES] for n in range(min(FILES, len(missing)))]
+    bodies = ["\n".join(text.replace("KERNEL", name[text]) for text in file) for file in files]
+    for file, library in zip(files, load_many([(head + body, "fused") for body in bodies])):
+        _built.update({(*built_with, text): getattr(library, name[text]) for text in file})
+    return {text: _built[(*built_with, text)] for text in texts}
 
 
 @cache
@@ -61,19 +76,18 @@ def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]
     inputs_at = {v: i for i, v in enumerate(group.graph.inputs)}
     outputs_at = {v: len(inputs_at) + i for i, v in enumerate(group.graph.outputs)}
     for layout in group.layouts:
-        numbers += layout.sizes
-        for strides in _placed(layout):
-            numbers += strides[:-1] if layout.inner(strides) < 2 else strides
+        numbers += sizes_and_strides(layout)
         read += [inputs_at[v] for v, _ in layout.operands] + [outputs_at[r.value] for r in layout.results]
     sizes, count = (ctypes.c_long * len(numbers))(*numbers), len(group.layouts)
-    pointers = ctypes.c_void_p * len(read)
+    places = ctypes.c_void_p * len(read)
+    last: tuple[list[int], Any] = ([], None)  # addresses, and the array of pointers made of them: mostly those of the next call
     # c_void_p, which takes any array: groups of another number of parts may share the function
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
     expected = [(tuple(v.shape), tuple(v.strides)) for v in group.graph.inputs]
     checked = False
 
     def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
-        nonlocal checked
+        nonlocal checked, last
         if not checked:  # an operator may lay out its result otherwise than its fake one did
             given = inputs
             inputs = tuple(
@@ -82,9 +96,21 @@ def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]
             )
             checked = all(a is b for a, b in zip(given, inputs))
         at = [t.data_ptr() for t in inputs] + [t.data_ptr() for t in outputs]
-        function(pointers(*[at[i] for i in read]), sizes, count)
+        known, pointers = last
+        if at != known:
+            pointers = places(*[at[i] for i in read])
+            last = at, pointers
+        function(pointers, sizes, count)
 
     return run
+
+
+def sizes_and_strides(layout: Layout) -> list[int]:
+    """The parameters of a kernel for this layout."""
+    numbers = list(layout.sizes)
+    for strides in _placed(layout):
+        numbers += strides[:-1] if layout.inner(strides) < 2 else strides
+    return numbers
 
 
 def _placed(layout: Layout) -> list[tuple[int, ...]]:
@@ -98,9 +124,16 @@ def source(layout: Layout) -> str:
     return _Writer(layout).function()
 
 
+def epilogue_source(layout: Layout, tile: int) -> str:
+    """The C function, named KERNEL, that has a product computed (`kernels/matmul`) and does what the group does to each of
+    its tiles: operand number `tile` is the product, which is never in memory as a whole."""
+    return _Writer(layout, tile).epilogue()
+
+
 class _Writer:
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, tile: int | None = None):
         self.layout = layout
+        self.tile = tile
         self.last = len(layout.sizes) - 1
         self.pointers = len(layout.operands) + len(layout.results)
         self.totals = [r for r in layout.results if r.kind == "all"]
@@ -112,17 +145,9 @@ class _Writer:
         head, place = self._parameters()
         start = self._start_of_row()
         totals = len(self.totals)
-        before = [f"double total{i} = 0;" for i in range(totals)]
-        for i, r in enumerate(self.columns):
-            c = C_TYPE[r.node.t]
-            before.append(f"{c} *column{i} = ({c} *)(sums + column_start[low]) + (task * {len(self.columns)} + {i}) * n{last};")
-            before.append(f"for (long c = 0; c < n{last}; c++) column{i}[c] = 0;")
+        before = [f"double total{i} = 0;" for i in range(totals)] + self._column_sums("sums + column_start[low]", "task", "0")
         after = [f"partial[global * {totals} + {i}] = total{i};" for i in range(totals)]
-        scratch = [
-            f"{C_TYPE[n.t]} *kept{n.kept} = (void *)(scratch + {n.kept} * 8 * longest);"
-            for n in layout.nodes
-            if n.kept is not None
-        ]
+        scratch = self._scratch("longest")
         line, deep = "\n            ", "\n                "
         per = f"n{last} < {BLOCK} ? {BLOCK} / n{last} : 1"
         if self.columns:
@@ -173,6 +198,52 @@ void KERNEL(void **all_pointers, const long *all_sizes, long parts) {{
 }}
 """
 
+    def epilogue(self) -> str:
+        layout, last = self.layout, self.last
+        head, place = self._parameters()
+        line, deep = "\n    ", "\n        "
+        before = self._column_sums("context->sums", "block", "begin")
+        sums = f"__builtin_malloc(blocks * {len(self.columns) * 8} * sizes[{last}])" if self.columns else "0"
+        rows = " * ".join(f"sizes[{k}]" for k in range(last)) or "1"
+        return f"""
+struct KERNEL_context {{ void **pointers; const long *sizes; char *sums; }};
+static void KERNEL_tile(const struct KERNEL_context *context, void *tile, long stride, long block, long first, long height,
+                        long begin, long count) {{
+    void **pointers = context->pointers;
+    const long *sizes = context->sizes, n{last} = sizes[{last}], columns = n{last};
+    {line.join(head)}
+    {f"char *scratch = __builtin_malloc({layout.kept} * 8 * count);" if layout.kept else ""}
+    {line.join(self._scratch("count"))}
+    {line.join(before)}
+    for (long row = first; row < first + height; row++) {{
+        {deep.join(place)}
+        {deep.join(self._start_of_row())}
+        {deep.join(self._row())}
+    }}
+    {"__builtin_free(scratch);" if layout.kept else ""}
+}}
+void KERNEL(void **all_pointers, const long *all_sizes, void (*product)(), void **operands, const long *numbers, long blocks) {{
+    const long *sizes = all_sizes, start[] = {{0, blocks}}, column_start[] = {{0}}, parts = 1;
+    char *sums = {sums};
+    struct KERNEL_context context = {{all_pointers, sizes, sums}};
+    product(operands[0], operands[1], operands[2], (void *)0, numbers, KERNEL_tile, &context);
+    {self._finish(f"long rows = {rows}, n{last} = sizes[{last}];")}
+}}
+"""
+
+    def _column_sums(self, memory: str, number: str, begin: str) -> list[str]:
+        """Where a task's sums of columns are, from column `begin` on; they begin as zeros."""
+        lines = []
+        for i, r in enumerate(self.columns):
+            c, at = C_TYPE[r.node.t], f"({number} * {len(self.columns)} + {i}) * n{self.last} + {begin}"
+            lines.append(f"{c} *column{i} = ({c} *)({memory}) + {at};")
+            lines.append(f"for (long c = 0; c < count; c++) column{i}[c] = 0;")
+        return lines
+
+    def _scratch(self, longest: str) -> list[str]:
+        kept = [n for n in self.layout.nodes if n.kept is not None]
+        return [f"{C_TYPE[n.t]} *kept{n.kept} = (void *)(scratch + {n.kept} * 8 * {longest});" for n in kept]
+
     def _numbers(self) -> int:
         layout = self.layout
         return len(layout.sizes) + sum(self.last + (layout.inner(s) == 2) for s in _placed(layout))
@@ -201,6 +272,9 @@ void KERNEL(void **all_pointers, const long *all_sizes, long parts) {{
             offset = "".join(f" + i{k} * {name}_{k}" for k in range(last))
             offset += ("", " + begin", f" + begin * {name}_{last}")[inner]
             c = STORED[dtype][1]
+            if self.tile is not None and name == f"x{self.tile}":
+                place.append(f"{c} *{name} = ({c} *)tile + (row - first) * stride;")
+                continue
             place.append(f"{c} *{name} = ({c} *)pointers[{at}]{offset};")
         return head, place
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec
 
+from ..errors import CaptureError
 from ..graph import Captured
-from ..graph.ir import Equation
+from ..graph.source import user_line
+from ..memory import Arena, give_pages_back, paused_collector
+from .epilogue import join_epilogues
 from .executor import Program
 from .kernels import claim
+from .passes.rewrites import Rewrites
 from .pipeline import optimise
-from .plan import plan_memory
 from .products import choose_products
 from .remat import rematerialise
 
@@ -20,44 +26,91 @@ from .remat import rematerialise
 class Compiled:
     """A captured function with its optimised graph and its program."""
 
-    def __init__(self, captured: Captured, donated: list[int], memory_budget: int | None):
-        graph = optimise(captured.graph)
+    @paused_collector()
+    def __init__(
+        self, captured: Captured, donated: list[int], memory_budget: int | None, max_rewrites: int | None = None,
+        arena: Arena | None = None,
+    ):  # fmt: skip
+        rewrites = Rewrites(max_rewrites)
+        graph = optimise(captured.graph, rewrites)
         self.out_tree: TreeSpec = captured.out_tree
+        self._rebuild = _rebuilding(captured.out_tree)
         self.writes = captured.writes
         # What the function itself writes to can't be given away.
         self.donated = [i for i in donated if i not in captured.writes]
-        calls = choose_products(graph.equations)
-        kernels = {eq: kernel for eq, kernel in claim(graph).items() if eq not in calls}
+        products = choose_products(graph.equations)
+        kernels = claim(graph) | products.kernels
         given = [graph.inputs[i] for i in self.donated]
-        if memory_budget is not None:
 
-            def copied(old: Equation, new: Equation) -> None:
-                for table in (kernels, calls):
-                    if old in table:
-                        table[new] = table[old]
-
-            graph = rematerialise(graph, lambda g: plan_memory(g, kernels, given), copied, memory_budget)
+        with rewrites.noting():
+            graph, joined = join_epilogues(graph, products)
+        kernels |= joined
+        graph, kernels = rematerialise(graph, kernels, given, memory_budget)
         self.graph = graph
-        self.program = Program(graph, kernels, calls, given)
+        give_pages_back()  # what compiling took, and timing, would count for the whole run
+        self.program = Program(graph, kernels, given, arena)
+        self._apart: list[int] | None = None  # where the tensors of a call lay that don't overlap
 
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         given = tensors
-        if self.donated and _overlapping(tensors, self.donated):
-            given = list(tensors)
-            for i in self.donated:
-                given[i] = tensors[i].clone(memory_format=torch.preserve_format)
+        if any(map(torch.Tensor.is_neg, tensors)):  # kernels read memory, where such a view isn't negated yet
+            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_neg() else t for t in tensors]
+        if self.writes:
+            _check_apart(tensors, self.writes)
+        if self.donated:
+            at = [t.data_ptr() for t in given]
+            if at != self._apart:  # shapes and strides are the same in every call
+                if _overlapping(tensors, self.donated):
+                    given = list(given)
+                    for i in self.donated:
+                        given[i] = given[i].clone(memory_format=torch.preserve_format)
+                else:
+                    self._apart = at
         flat = self.program(*given)
         count = len(flat) - len(self.writes)
         for i, new in zip(self.writes, flat[count:]):
             with torch.no_grad():
                 tensors[i].copy_(new)
-        return tree_unflatten(flat[:count], self.out_tree)
+        return self._rebuild(iter(flat[:count]))
+
+
+def _rebuilding(tree: TreeSpec) -> Callable[[Iterator[Any]], Any]:
+    """`tree_unflatten` for one tree, from an iterator of the leaves; made once, as every call needs it."""
+    if tree.is_leaf():
+        return next
+    keys, parts = tree.context, [_rebuilding(child) for child in tree.children()]
+    if tree.type is dict and all(part is next for part in parts):
+        return lambda leaves: dict(zip(keys, leaves))  # keys first: else zip takes a leaf too many
+    if tree.type is dict:
+        return lambda leaves: {key: part(leaves) for key, part in zip(keys, parts)}
+    if tree.type in (tuple, list):
+        return lambda leaves: tree.type([part(leaves) for part in parts])
+    return lambda leaves: tree.unflatten(list(islice(leaves, tree.num_leaves)))
 
 
 def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
     """Does a donated tensor share its memory with another argument?"""
     seen = [t.untyped_storage().data_ptr() for t in tensors]
-    count: dict[int, int] = {}
-    for pointer in seen:
-        count[pointer] = count.get(pointer, 0) + 1
+    if len(set(seen)) == len(seen):
+        return False
+    count = Counter(seen)
     return any(count[seen[i]] > 1 and tensors[i].numel() for i in donated)
+
+
+def _check_apart(tensors: list[torch.Tensor], written: list[int]) -> None:
+    """Raises CaptureError if a written argument shares its memory with another, which would then see the write at once
+    in eager code, and not in a graph."""
+    ends = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors]
+    for i in written:
+        for j, (begin, end) in enumerate(ends):
+            if i != j and begin < ends[i][1] and ends[i][0] < end:
+                raise CaptureError(
+                    f"{user_line()}: the function writes in place to an argument of shape {tuple(tensors[i].shape)} whose "
+                    f"memory another one, of shape {tuple(tensors[j].shape)}, shares. Pass a clone of one of them, or "
+                    f"return the new value instead of writing it."
+                )
+
+
+def _extent(t: torch.Tensor) -> int:
+    """Bytes from the first element to the last."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size() if t.numel() else 0

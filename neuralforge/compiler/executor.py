@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from typing import Any
 
 import torch
 
 from ..graph.ir import Equation, Graph, Value, leaves
-from ..memory import keep_pages
+from ..memory import Arena, keep_pages
 from .kernels import Kernel
 from .plan import Plan, empty_like, is_view, plan_memory
 
@@ -16,59 +16,101 @@ from .plan import Plan, empty_like, is_view, plan_memory
 class Program:
     """A compiled graph. Called with the graph's input tensors, returns its flat outputs.
 
-    `donated` inputs may be overwritten: their memory goes to outputs of the same type. `source` is the generated
-    Python, `plan` the memory plan.
+    `donated` inputs may be overwritten: their memory goes to outputs of the same type. `arena`: shared with programs that
+    don't run at the same time. `source` is the generated Python, `plan` the memory plan.
     """
 
-    def __init__(self, graph: Graph, kernels: dict[Equation, Kernel], calls: dict[Equation, Any], donated: list[Value]):
+    def __init__(
+        self, graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value], arena: Arena | None = None
+    ):
         keep_pages()
-        self.graph = graph
+        self.graph, self.kernels = graph, kernels
         self.plan: Plan = plan_memory(graph, kernels, donated)
-        self._lock = threading.Lock()
-        self._arena = torch.empty(self.plan.arena_bytes, dtype=torch.uint8)
-        self.source, namespace = _Writer(graph, self.plan, kernels, calls, self._arena).write()
-        exec(compile(self.source, "<neuralforge program>", "exec"), namespace)
-        self._run = namespace["program"]
+        self.arena = arena or Arena()
+        with self.arena.lock:
+            self._bind()
+
+    def _bind(self) -> None:
+        """Write the program for the arena's memory as it is now."""
+        memory = self.arena.at_least(self.plan.arena_bytes, self)
+        writer = _Writer(self.graph, self.plan, self.kernels, memory)
+        self.source, self._namespace = writer.write()
+        self._equations = writer.equations
+        self._run = self._defined(self.source)
+
+    def release(self) -> None:
+        """Let go of the arena's memory, which another program makes larger."""
+        self._run, self._namespace = None, {}
+
+    def _defined(self, source: str) -> Any:
+        exec(compile(source, "<neuralforge program>", "exec"), self._namespace)
+        return self._namespace.pop("program")
 
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
         # Below autograd: nothing here is recorded by torch, and the dispatcher has less to do. One arena: one caller.
-        with self._lock, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with self.arena.lock, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            if self._run is None:
+                self._bind()
             return self._run(*tensors)
+
+    def timed(self, *tensors: torch.Tensor) -> dict[Equation, float]:
+        """Run once as a call does, with a look at the clock after each line: the seconds of each equation that has one."""
+        head, *lines, last = self.source.splitlines()
+        seconds, before = dict.fromkeys(filter(None, self._equations), 0.0), 0.0
+
+        def lap(n: int) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            if self._equations[n] is not None:
+                seconds[self._equations[n]] += now - before
+            before = time.perf_counter()
+
+        laps = [text for n, line in enumerate(lines) for text in (line, f"    lap({n})")]
+        with self.arena.lock, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            if self._run is None:
+                self._bind()
+            self._namespace["lap"] = lap
+            run = self._defined("\n".join([head, *laps, last]))
+            before = time.perf_counter()
+            run(*tensors)
+        return seconds
 
 
 class _Writer:
-    """Writes the program's text and the namespace it runs in."""
+    """Writes the program's text and the namespace it runs in; `equations` tells of each line which one it is a part of."""
 
-    def __init__(self, graph: Graph, plan: Plan, kernels: dict, calls: dict, arena: torch.Tensor):
-        self.graph, self.plan, self.kernels, self.calls, self.arena = graph, plan, kernels, calls, arena
+    def __init__(self, graph: Graph, plan: Plan, kernels: dict, arena: torch.Tensor):
+        self.graph, self.plan, self.kernels, self.arena = graph, plan, kernels, arena
         self.namespace: dict[str, Any] = {"empty": torch.empty_strided}
         self.static: dict[Value, torch.Tensor] = dict(graph.constants)
         for value, buffer in plan.buffers.items():
-            self.static[value] = empty_like(value, arena, buffer.offset)
+            self.static[value] = empty_like(value, arena, buffer.offset + plan.within.get(value, 0))
         self.lines: list[str] = []
+        self.equations: list[Equation | None] = []
 
     def write(self) -> tuple[str, dict[str, Any]]:
         graph, plan = self.graph, self.plan
-        fresh, given_away = set(plan.fresh), set(plan.takes_over.values())
+        fresh, given_away = set(plan.fresh), set(plan.takes_over.values()) & set(graph.inputs)
         for eq, dead in zip(graph.equations, graph.last_uses()):
             where = f"  # {eq.name} {eq.source}".rstrip()
             if is_view(eq) and isinstance(eq.args[0], Value) and eq.args[0] in self.static:
                 out = eq.op(*_resolve(eq.args, self.static), **eq.kwargs)
                 self.static.update(zip(eq.results, out if isinstance(out, (tuple, list)) else [out]))
                 continue
+            if eq in plan.in_place:
+                continue
             kernel = self.kernels.get(eq)
             arguments = self._tuple(eq.args) + ", " + self._dict(eq.kwargs)
             if kernel is not None:
                 for v in eq.results:
                     if v in fresh:
-                        self._line(f"{v} = empty({tuple(v.shape)}, {tuple(v.strides)}, dtype={self._name(v.dtype)})")
+                        self._line(f"{v} = empty({tuple(v.shape)}, {tuple(v.strides)}, dtype={self._name(v.dtype)})", eq)
                     elif v in plan.takes_over:
                         self._line(f"{v} = {plan.takes_over[v]}")
                 outputs = "".join(self._name(v) + ", " for v in eq.results)
-                self._line(f"{self._name(kernel.run)}(({outputs}), {arguments}){where}")
+                self._line(f"{self._name(kernel.run)}(({outputs}), {arguments}){where}", eq)
             else:
-                call = self.calls.get(eq, eq.op)
-                self._line(f"{self._targets(eq.outputs)} = {self._call(call, eq)}{where}")
+                self._line(f"{self._targets(eq.outputs)} = {self._call(eq)}{where}", eq)
             gone = [v.name for v in dead if v not in self.static and v not in given_away]
             if gone:
                 self._line("del " + ", ".join(gone))
@@ -77,16 +119,17 @@ class _Writer:
         body = "\n".join(f"    {line}" for line in [*self.lines, f"return [{outputs}]"])
         return f"def program({parameters}):\n{body}\n", self.namespace
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, eq: Equation | None = None) -> None:
         self.lines.append(text)
+        self.equations.append(eq)
 
     def _output(self, v: Any) -> str:
         # A constant is the program's own: hand out a copy.
         return f"{self._name(v)}.clone()" if isinstance(v, Value) and v in self.static else self._name(v)
 
-    def _call(self, op: Any, eq: Equation) -> str:
+    def _call(self, eq: Equation) -> str:
         arguments = [self._expr(a) for a in eq.args] + [f"{k}={self._expr(v)}" for k, v in eq.kwargs.items()]
-        return f"{self._name(op)}({', '.join(arguments)})"
+        return f"{self._name(eq.op)}({', '.join(arguments)})"
 
     def _targets(self, outputs: Any) -> str:
         if isinstance(outputs, (tuple, list)):

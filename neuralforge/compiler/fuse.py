@@ -10,6 +10,7 @@ joined too. A cheap result that only other groups read is computed there again r
 from __future__ import annotations
 
 import heapq
+import itertools
 from copy import copy
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
+from ..graph.operators import draws
 from .layout import Layout
+from .passes.rewrites import make
+from .passes.simplify import dead_code
 from .reductions import Role, role
 from .sink import sink
 from .space import contiguous, cuts_of, memory_order, place, refine, sizes_of, squash
@@ -77,6 +81,7 @@ class Fused:
 
 def fuse(graph: Graph) -> Graph:
     """Replace groups of fusible equations by one equation each, whose operator is a `Fused`."""
+    graph = _constants_apart(graph)
     groups = _Grower(graph).groups()
     graph = sink(graph, groups, LOOKED_THROUGH)
     groups = [group for group in groups if group.equations]
@@ -86,6 +91,25 @@ def fuse(graph: Graph) -> Graph:
     for node in _ordered(graph, members):
         emitted.append(node if isinstance(node, Equation) else _fused_equation(node, used_outside))
     return graph.replace(equations=_without_dead_views(emitted, graph.outputs))
+
+
+def _constants_apart(graph: Graph) -> Graph:
+    """Give every fusible reader of a filled tensor one of its own: what else reads it, in another layer perhaps, would
+    be drawn into one group by it."""
+    names = itertools.count()
+    filled = {eq.outputs: eq for eq in graph.equations if eq.op is aten.full.default and role(eq) is not None}
+    if not filled:
+        return graph
+    equations: list[Equation] = []
+    for eq in graph.equations:
+        env = {}
+        for v in dict.fromkeys(v for v in eq.inputs if v in filled and role(eq) is not None):
+            fill, env[v] = filled[v], Value(f"{v.name}_own{next(names)}", v.fake)
+            equations.append(Equation(fill.op, fill.args, fill.kwargs, env[v], fill.source, fill.origin))
+        if env:
+            eq = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+        equations.append(eq)
+    return dead_code(graph.replace(equations=equations))
 
 
 class Group:
@@ -108,6 +132,12 @@ class Group:
     def inputs(self) -> list[Value]:
         made = {v for eq in (*self.views, *self.equations) for v in eq.results}
         return [v for v in dict.fromkeys(v for eq in self.equations for v in eq.inputs) if v not in made]
+
+    def why(self) -> str:
+        """How the group came about and what ended it."""
+        why = f"{len(self.equations)} operators over {self.total} elements"
+        why += f" in rows of {self.columns}" if self.columns else ""
+        return why + (f"; ended by {self.ended}" if self.ended else "")
 
     def fit(self, eq: Equation, r: Role, kinds: dict[Value, str]) -> tuple | None:
         """What joining would change (row length, cuts, reads), or None if the equation can't join. `kinds` are those
@@ -215,14 +245,16 @@ class _Grower:
         self.depends: list[int] = []
         self.node_of: dict[Value, int] = {}
         self.views: dict[Value, Equation] = {}  # views looked through, by their result
+        self.drawn: int | None = None  # the last node that draws random numbers, which they all do in their order
         for eq in graph.equations:
             self._visit(eq)
         self._join_siblings()
+        order = {eq: i for i, eq in enumerate(graph.equations)}
         for group in self.all:
-            self._put_in_order(group)
+            self._put_in_order(group, order)
 
     def groups(self) -> list[Group]:
-        return [g for g in self.all if _worthwhile(g)]
+        return [g for g in self.all if _worthwhile(g) and make("fuse", g.equations[-1].source, g.why())]
 
     def _visit(self, eq: Equation) -> None:
         if eq.op in LOOKED_THROUGH and isinstance(eq.outputs, Value):
@@ -237,6 +269,10 @@ class _Grower:
         for v in eq.inputs:
             if v in self.node_of:
                 mask |= self.depends[self.node_of[v]] | 1 << self.node_of[v]
+        if draws(eq.op, eq.args, eq.kwargs):
+            if self.drawn is not None:
+                mask |= self.depends[self.drawn] | 1 << self.drawn
+            self.drawn = len(self.depends)
         r = role(eq)
         group = None if r is None else self._join(eq, r)
         if group is None:
@@ -244,9 +280,9 @@ class _Grower:
                 self.node_of[v] = len(self.depends)
             self.depends.append(mask)
             return
-        added = mask & ~(1 << group.index)
+        added = mask & ~(1 << group.index | self.depends[group.index])
         self.depends[group.index] |= added
-        for n, known in enumerate(self.depends):  # whoever depends on the group now depends on all this too
+        for n, known in enumerate(self.depends if added else ()):  # whoever depends on the group now does on all this too
             if known >> group.index & 1:
                 self.depends[n] |= added
         for v in eq.results:
@@ -347,9 +383,8 @@ class _Grower:
                 if together is not None:
                     self._merge(a, b, together)
 
-    def _put_in_order(self, group: Group) -> None:
+    def _put_in_order(self, group: Group, order: dict[Equation, int]) -> None:
         """Members in the order of the program, with copies of the views that lie between them."""
-        order = {eq: i for i, eq in enumerate(self.graph.equations)}
         group.equations.sort(key=order.__getitem__)
         views: dict[Value, Equation] = {}
         for eq in group.equations:
@@ -392,8 +427,8 @@ def _without_dead_views(equations: list[Equation], outputs: list) -> list[Equati
 
 
 def _ordered(graph: Graph, members: dict[Equation, Group]) -> list[Any]:
-    """Equations and groups in an order that respects dependencies: earliest first, a group counting as its last
-    member."""
+    """Equations and groups in an order that respects dependencies, and that of random draws: earliest first, a group
+    counting as its last member."""
     node_of: dict[Value, Any] = {}
     position: dict[Any, int] = {}
     for i, eq in enumerate(graph.equations):
@@ -401,11 +436,16 @@ def _ordered(graph: Graph, members: dict[Equation, Group]) -> list[Any]:
         position[node] = i
         for v in eq.results:
             node_of[v] = node
+    random = [eq for eq in graph.equations if draws(eq.op, eq.args, eq.kwargs)]
+    drawn_before = dict(zip(random[1:], random))
     waiting = dict.fromkeys(position, 0)
     followers: dict[Any, list] = {node: [] for node in position}
     for node in position:
         inputs = node.inputs if isinstance(node, Equation) else node.inputs()
-        for before in {node_of[v] for v in inputs if v in node_of} - {node}:
+        earlier = {node_of[v] for v in inputs if v in node_of} - {node}
+        if node in drawn_before:
+            earlier.add(drawn_before[node])
+        for before in earlier:
             followers[before].append(node)
             waiting[node] += 1
     ready = [(position[node], id(node), node) for node, count in waiting.items() if count == 0]
@@ -446,7 +486,4 @@ def _fused_equation(group: Group, used_outside: set[Value]) -> Equation:
         equations.append(eq)
     inner = Graph(inputs=inputs, equations=equations, outputs=list(outputs))
     last = group.equations[-1]
-    why = f"{len(group.equations)} operators over {group.total} elements"
-    why += f" in rows of {group.columns}" if group.columns else ""
-    why += f"; ended by {group.ended}" if group.ended else ""
-    return Equation(Fused([inner], why), tuple(inputs), {}, tuple(outputs), last.source, "fuse")
+    return Equation(Fused([inner], group.why()), tuple(inputs), {}, tuple(outputs), last.source, "fuse")

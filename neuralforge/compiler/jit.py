@@ -4,76 +4,120 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch import nn
+from torch._C._dynamo.guards import TensorGuards
 
 from ..errors import CaptureError, MemoryBudgetError
 from ..graph import Captured, capture
+from ..graph.fake import TENSORS
 from ..graph.source import user_line
+from ..graph.tree import tree_flatten
+from ..kernels.native import build_ahead
+from ..memory import Arena
 from .compiled import Compiled
 from .torch_autograd import Differentiable, closes_over_grad
 
 CACHE_SIZE = 64
+"""Compiled forms that a jitted function keeps; the one not used for longest goes."""
+
+
+@dataclass(eq=False)
+class Form:
+    """A compiled form, and the modules that ran while it was captured with their modes, for which alone it holds."""
+
+    program: Any
+    modules: tuple[nn.Module, ...]
+    training: list[bool]
+    call: Call | None = None
+    """What calls of it look like."""
+
+    def holds(self) -> bool:
+        return [module.training for module in self.modules] == self.training
 
 
 class Jit:
-    """A function compiled for each combination of argument structure, shapes, dtypes, strides and static values.
+    """A function compiled for each combination of argument structure, shapes, dtypes, strides and static values; also of
+    what else it may depend on: modules in training or not, autocast, the default dtype, the number of threads.
 
     Called inside another transform (`nf.grad`, `nf.jit`, ...) it simply runs its Python function, which that
-    transform then follows. Called on tensors that require grad, or closing over such (a module's parameters), its outputs
+    transform, torch.func's included, then follows. Called on tensors that require grad, or closing over such (a module's parameters), its outputs
     carry torch.autograd gradients.
     """
 
-    def __init__(self, f: Callable, donate: tuple[int, ...], memory_budget: int | None = None):
+    def __init__(
+        self, f: Callable, donate: tuple[int, ...], memory_budget: int | None = None, max_rewrites: int | None = None
+    ):
         update_wrapper(self, f)
         self.f = f
         self.donate = donate
-        self.memory_budget = memory_budget
-        self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
+        self.memory_budget, self.max_rewrites = memory_budget, max_rewrites
+        self._arena = Arena()  # of all forms
+        self._forms: OrderedDict[Any, list[Form]] = OrderedDict()
+        self._last: Form | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack():
+        if followed():
             return self.f(*args, **kwargs)
-        if torch.is_grad_enabled():
-            leaves = tree_flatten((args, kwargs))[0]
-            if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
-                return self._with_autograd(args, kwargs)
-        compiled, tensors = self.lookup(args, kwargs)
-        if torch.is_grad_enabled() and closes_over_grad(compiled):
+        flat = _flatten((args, kwargs))
+        last = self._last
+        if last is not None and (tensors := last.call.tensors(*flat)) is not None and last.holds():
+            if not (torch.is_grad_enabled() and closes_over_grad(last.program)):
+                return last.program(tensors)
+        if torch.is_grad_enabled() and any([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat[0]]):
             return self._with_autograd(args, kwargs)
-        return compiled(tensors)
+        form, tensors = self._lookup(args, kwargs, flat)
+        if torch.is_grad_enabled() and closes_over_grad(form.program):
+            return self._with_autograd(args, kwargs)
+        if not any([t.requires_grad for t in tensors]):
+            form.call = form.call or Call(*flat)
+            self._last = form
+        return form.program(tensors)
 
     def _with_autograd(self, args: tuple, kwargs: dict) -> Any:
         """Called from code that torch.autograd follows: outputs get gradients."""
-        leaves, tree = tree_flatten((args, kwargs))
+        leaves, tree = _flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
         key = ("autograd", tuple(wanted), *self._key(leaves, tree))
-        program = self._compiled.get(key)
-        if program is None or program.stale:
-            program = self._remember(key, Differentiable(self.f, args, kwargs, wanted, self.memory_budget))
-        return program(tensors)
+        form = self._known(key)
+        if form is None or form.program.stale:
+            build_ahead()
+            with _modules_that_run() as modules:
+                program = Differentiable(self.f, args, kwargs, wanted, self.memory_budget, self.max_rewrites)
+            form = self._remember(key, program, modules)
+        return form.program(tensors)
 
     def lookup(self, args: tuple, kwargs: dict) -> tuple[Compiled, list[torch.Tensor]]:
         """The compiled form for these arguments (compiling it if need be), and the tensors among them."""
-        leaves, tree = tree_flatten((args, kwargs))
+        form, tensors = self._lookup(args, kwargs, _flatten((args, kwargs)))
+        return form.program, tensors
+
+    def _lookup(self, args: tuple, kwargs: dict, flat: tuple[list, Any]) -> tuple[Form, list[torch.Tensor]]:
+        leaves, tree = flat
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = self._key(leaves, tree)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
-            compiled = self._remember(key, self.compile(args, kwargs, captured))
-        else:
-            self._compiled.move_to_end(key)
-        return compiled, tensors
+        form = self._known(key)
+        if form is None:
+            build_ahead()
+            with _modules_that_run() as modules:
+                captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
+            form = self._remember(key, self.compile(args, kwargs, captured), modules)
+        return form, tensors
 
-    def _key(self, leaves: list, tree: TreeSpec) -> tuple:
+    def key(self, args: tuple, kwargs: dict) -> tuple:
+        """What tells these arguments' compiled form from others'."""
+        return self._key(*_flatten((args, kwargs)))
+
+    def _key(self, leaves: list, tree: Any) -> tuple:
         """What a compiled form holds for."""
-        key = (tree, torch.get_num_threads(), *(_signature(leaf) for leaf in leaves))
+        key = (tree, *_surroundings(), *map(_signature, leaves))
         try:
             hash(key)
         except TypeError as e:
@@ -84,11 +128,30 @@ class Jit:
             ) from e
         return key
 
-    def _remember(self, key: Any, compiled: Any) -> Any:
-        self._compiled[key] = compiled
-        while len(self._compiled) > CACHE_SIZE:
-            self._compiled.popitem(last=False)
-        return compiled
+    @property
+    def programs(self) -> list[Any]:
+        """All compiled forms, the one not used for longest first."""
+        return [form.program for forms in self._forms.values() for form in forms]
+
+    def _known(self, key: Any) -> Form | None:
+        """A form for `key` that holds now."""
+        for form in self._forms.get(key, ()):
+            if form.holds():
+                self._forms.move_to_end(key)
+                return form
+        return None
+
+    def _remember(self, key: Any, program: Any, modules: dict[nn.Module, None]) -> Form:
+        form = Form(program, tuple(modules), [module.training for module in modules])
+        others = [other for other in self._forms.get(key, ()) if not other.holds()]
+        self._forms[key] = [form, *others]
+        self._forms.move_to_end(key)
+        while len(self.programs) > CACHE_SIZE:
+            oldest = next(iter(self._forms))
+            self._forms[oldest].pop()
+            if not self._forms[oldest]:
+                del self._forms[oldest]
+        return form
 
     def compile(self, args: tuple, kwargs: dict, captured: Captured) -> Compiled:
         """Compile what was captured for these arguments."""
@@ -99,12 +162,51 @@ class Jit:
                     f"arguments must be passed by position."
                 )
         flags = [n in self.donate for n, arg in enumerate(args) for leaf in tree_flatten(arg)[0] if _is_tensor(leaf)]
-        return Compiled(captured, [i for i, flag in enumerate(flags) if flag], self.memory_budget)
+        return Compiled(captured, [i for i, flag in enumerate(flags) if flag], self.memory_budget, self.max_rewrites, self._arena)
+
+
+def followed() -> bool:
+    """Does another transform, torch.func's included, follow the operations made now?"""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Call:
+    """What a call without tensors that require grad looked like, to see whether another one looks the same. Its tensors are
+    compared by torch's own guard, in C++, in a tenth of the time that their signatures take."""
+
+    def __init__(self, leaves: list, tree: Any):
+        self.tree, self.surroundings = tree, _surroundings()
+        tensors, self.static = _parted(leaves)
+        self.count = len(tensors)
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        self.alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+    def tensors(self, leaves: list, tree: Any) -> list[torch.Tensor] | None:
+        """The tensors among the leaves, if everything is as it was."""
+        if tree != self.tree or _surroundings() != self.surroundings:
+            return None
+        tensors, static = _parted(leaves)
+        return tensors if static == self.static and len(tensors) == self.count and self.alike(*tensors) else None
+
+
+def _parted(leaves: list) -> tuple[list[torch.Tensor], list[tuple]]:
+    """The tensors; and the other leaves, each with its place."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len(tensors) == len(leaves):
+        return tensors, []
+    return tensors, [(i, _signature(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
+
+
+def _surroundings() -> tuple:
+    """What a compiled form depends on beside its arguments."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return torch.get_num_threads(), torch.get_default_dtype(), autocast
 
 
 def jit(
-    f: Callable | None = None, *, donate: tuple[int, ...] | int = (), memory_budget: int | str | None = None
-) -> Any:
+    f: Callable | None = None, *, donate: tuple[int, ...] | int = (), memory_budget: int | str | None = None,
+    max_rewrites: int | None = None, buckets: dict | None = None, pad: dict | None = None,
+) -> Any:  # fmt: skip
     """Compile `f`, a function of pytrees of tensors: its first call with given shapes captures it as one graph,
     optimises it and plans its memory; later calls run the result.
 
@@ -116,15 +218,35 @@ def jit(
     are then computed again rather than kept, as few and as cheap ones as will do (`compiler/remat.py`). Raises
     MemoryBudgetError, with the smallest budget that can be met.
 
+    `buckets`: sizes up to which arguments of varying length are padded, so that a few compiled forms serve all lengths:
+    `buckets={"tokens": {1: (128, 256, 512)}, "targets": {1: (128, 256, 512)}}, pad={"targets": -100}` pads dimension 1 of
+    both at its end to the next size, `targets` with -100 and `tokens` with 0. Arguments go by name or position; leaves
+    within by a path, as "batch.tokens". Results along a padded dimension are cut back. `f` must mask what is padded, and
+    whether it does is looked at: the first padded call of each compiled form (and of each new pattern of equal lengths)
+    also runs `f` plainly on the arguments as they are, on copies, and raises CaptureError if a result differs by more
+    than rounding, if its shape leaves open what to cut, or if `f` writes in place to a padded argument. Where `f` draws
+    from torch's generator only shapes can be compared, which a warning says. A length beyond the last bucket raises.
+
+    `max_rewrites`: how many rewrites (patterns and fusions, in the order that `nf.explain` lists them) to make at most. To
+    find one that gives a wrong result, halve it until one more changes the result. The environment variable
+    NEURALFORGE_MAX_REWRITES sets it for all functions.
+
     Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
     tensor data. In-place writes to arguments take effect after the call; in-place writes to tensors that `f` closes
     over raise.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     budget = _bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
-    if f is None:
-        return lambda f: Jit(f, donate, budget)
-    return Jit(f, donate, budget)
+
+    def jitted(f: Callable) -> Any:
+        form = Jit(f, donate, budget, max_rewrites)
+        if buckets is None:
+            return form
+        from .buckets import Bucketed
+
+        return Bucketed(form, buckets, pad)
+
+    return jitted if f is None else jitted(f)
 
 
 def _bytes(text: str) -> int:
@@ -136,11 +258,43 @@ def _bytes(text: str) -> int:
     return int(float(found.group(1)) * units[found.group(2)])
 
 
+def _flatten(tree: Any) -> tuple[list, Any]:
+    """The leaves, in tree_flatten's order, and a hashable that tells the structure. Every call does this, for hundreds of
+    leaves: plain containers are taken apart here, as tree_flatten and a TreeSpec's hash take far longer."""
+    leaves: list = []
+
+    def structure(x: Any) -> Any:
+        kind = type(x)
+        if isinstance(x, torch.Tensor):
+            leaves.append(x)
+            return None
+        if kind is dict:
+            return dict, tuple(x), tuple([structure(value) for value in x.values()])
+        if kind is tuple or kind is list:
+            return kind, tuple([structure(value) for value in x])
+        inner, spec = tree_flatten(x)
+        leaves.extend(inner)
+        return spec
+
+    return leaves, structure(tree)
+
+
+@contextmanager
+def _modules_that_run() -> Iterator[dict[nn.Module, None]]:
+    """Collects the modules that are called within: what they do depends on whether they are in training."""
+    seen: dict[nn.Module, None] = {}
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.setdefault(module))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor)
 
 
 def _signature(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
+    if type(leaf) in TENSORS:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return type(leaf), leaf
+    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf  # 0.0 == -0.0, and nan != nan

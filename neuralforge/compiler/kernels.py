@@ -6,7 +6,6 @@ groups have only this form.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,8 +15,10 @@ import torch
 
 from ..errors import KernelError
 from ..graph.ir import Equation, Graph, Value
-from ..graph.tracer import operator_traits
-from ..kernels import cross_entropy
+from ..graph.operators import operator_traits
+from ..kernels import cross_entropy, embedding, linear_cross_entropy, matmul, rotary
+from ..kernels.toolchain import plain_operators_instead
+from .attention import claim_attention
 from .codegen import build
 from .fuse import Fused
 
@@ -29,11 +30,45 @@ class Kernel:
     run: Callable[[tuple, tuple, dict], None]
     may_overwrite: Callable[[Value, Value], bool] = lambda output, operand: False
     """May an output be put where an operand of the same type is, which nobody reads afterwards?"""
+    serves: Callable[[Equation], bool] = lambda eq: True
+    """Can it run this equation of its operator?"""
+    scratch: Callable[[Equation], int] = lambda eq: 0
+    """Bytes that it allocates for a while beside its outputs."""
+    library: str = ""
+    """Whose code it calls, where that is neither ours nor ATen's."""
 
 
 OWN: dict[Any, Kernel] = {
-    torch.ops.neuralforge.cross_entropy.default: Kernel(cross_entropy.forward),
-    torch.ops.neuralforge.cross_entropy_backward.default: Kernel(cross_entropy.backward, lambda output, operand: True),
+    torch.ops.neuralforge.cross_entropy.default: Kernel(
+        cross_entropy.forward, serves=lambda eq: cross_entropy.native(eq.args[0].fake)
+    ),
+    torch.ops.neuralforge.cross_entropy_backward.default: Kernel(
+        cross_entropy.backward, lambda output, operand: True, serves=lambda eq: cross_entropy.native(eq.args[1].fake)
+    ),
+    torch.ops.neuralforge.cross_entropy_with_gradient.default: Kernel(
+        cross_entropy.with_gradient,
+        lambda output, operand: output.fake.dim() == 2,
+        serves=lambda eq: cross_entropy.native(eq.args[1].fake),
+    ),
+    torch.ops.neuralforge.linear_cross_entropy.default: Kernel(
+        linear_cross_entropy.forward,
+        scratch=lambda eq: linear_cross_entropy.scratch_bytes(eq.args[0].fake, eq.args[1].fake),
+    ),
+    torch.ops.neuralforge.linear_cross_entropy_with_gradients.default: Kernel(
+        linear_cross_entropy.with_gradients,
+        scratch=lambda eq: linear_cross_entropy.scratch_bytes(eq.args[1].fake, eq.args[2].fake, *eq.args[6:]),
+    ),
+    torch.ops.neuralforge.matmul.default: Kernel(
+        matmul.forward, serves=lambda eq: matmul.native(*(v.fake for v in eq.inputs))
+    ),
+    torch.ops.neuralforge.rotary.default: Kernel(
+        rotary.forward,
+        lambda output, operand: True,
+        serves=lambda eq: rotary.native(*(v.fake for v in eq.args[:3]), eq.outputs.fake),
+    ),
+    torch.ops.aten.embedding_dense_backward.default: Kernel(
+        embedding.backward, serves=lambda eq: embedding.native(eq.args[0].fake, eq.outputs.fake)
+    ),
 }
 """Kernels of this project by their operator."""
 
@@ -42,23 +77,22 @@ def claim(graph: Graph) -> dict[Equation, Kernel]:
     """The equations that run in destination-passing form: fused groups and ATen's structured operators."""
     kernels = {}
     for eq in graph.equations:
-        kernel = OWN.get(eq.op) or destination_kernel(eq)
+        attention = claim_attention(eq)
+        own = OWN.get(eq.op)
+        kernel = Kernel(attention) if attention else own if own and own.serves(eq) else destination_kernel(eq)
         if kernel is not None:
             kernels[eq] = kernel
-    fused = [eq for eq in graph.equations if isinstance(eq.op, Fused)]
-    if fused:
-        try:
-            runs = build([eq.op for eq in fused])
-        except KernelError as e:
-            _say_once(f"fused kernels can't be built, and plain operators run in their place: {e}")
-        else:
-            kernels.update((eq, Kernel(runs[eq.op], eq.op.may_overwrite)) for eq in fused)
-    return kernels
+    return kernels | claim_fused([eq for eq in graph.equations if isinstance(eq.op, Fused)])
 
 
-@cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+def claim_fused(equations: list[Equation]) -> dict[Equation, Kernel]:
+    """The kernels of fused groups; none where there is no compiler, which is said once."""
+    try:
+        runs = build([eq.op for eq in equations]) if equations else {}
+    except KernelError as e:
+        plain_operators_instead(e)
+        return {}
+    return {eq: Kernel(runs[eq.op], eq.op.may_overwrite) for eq in equations}
 
 
 def destination_kernel(eq: Equation) -> Kernel | None:

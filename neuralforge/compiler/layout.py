@@ -67,11 +67,13 @@ class Layout:
     """`operands`: (input, its strides) for every way in which an input is read; `sizes`, innermost last; `loops`, in
     order; `rows`: the nodes of a row, each with its `stage`; `results`, in the order of the graph's outputs."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, columns: int | None = None):
+        """`columns`: the length of the rows, in which the group is to run though none of its equations asks for it."""
         self.graph = graph
         roles = {eq: r for eq in graph.equations if (r := role(eq)) is not None}
         self.columns, self._total, self._order = space_of(roles.values())
-        self._cuts = self._all_cuts(roles)
+        self.columns = columns or self.columns
+        self.cuts = self._all_cuts(roles)
         self.nodes: list[Node] = []
         self.operands: list[tuple[Value, tuple[int, ...]]] = []
         self._known: dict[Value, Node] = {}
@@ -90,7 +92,7 @@ class Layout:
     # ---- the space
 
     def _all_cuts(self, roles: dict[Equation, Role]) -> list[int]:
-        cuts: list[int] | None = []
+        cuts: list[int] | None = [self.columns] if self.columns else []
         for r in roles.values():
             for more in ([r.columns] if r.columns else [], self._cuts_of(r)):
                 cuts = refine(cuts, more)
@@ -106,9 +108,9 @@ class Layout:
 
     def _merge(self) -> None:
         """Merge neighbouring dimensions where every operand and result allows; a row stays a dimension."""
-        sizes = sizes_of(self._cuts) or [1]
+        sizes = sizes_of(self.cuts) or [1]
         places = [list(s) or [0] for s in (*(s for _, s in self.operands), *(r.strides for r in self.results))]
-        outer = sum(c > (self.columns or 0) for c in self._cuts)
+        outer = sum(c > (self.columns or 0) for c in self.cuts)
         for i in reversed(range(1, len(sizes))):
             if (i != outer or not self.columns) and all(p[i - 1] == p[i] * sizes[i] for p in places):
                 sizes[i - 1 : i + 1] = [sizes[i - 1] * sizes[i]]
@@ -144,9 +146,9 @@ class Layout:
         """The node of an operand of a member with role `r`."""
         if v in self._known:
             return self._known[v]
-        where = place(v, tuple(r.over.shape), self._order, self._cuts, self._scale(r))
+        where = place(v, tuple(r.over.shape), self._order, self.cuts, self._scale(r))
         if (v, where) not in self._loads:
-            inner = [s for s, c in zip(reversed(where), self._cuts) if self.columns and c <= self.columns]
+            inner = [s for s, c in zip(reversed(where), self.cuts) if self.columns and c <= self.columns]
             row = bool(self.columns) and not any(inner)
             node = self._node("", LETTERS[v.dtype], [], row=row, cost=1)
             node.operand = len(self.operands)
@@ -185,10 +187,10 @@ class Layout:
     def _result(self, v: Value) -> Result:
         if v in self._ends:
             result = self._ends[v]
-            result.strides = (0,) * len(self._cuts)
+            result.strides = (0,) * len(self.cuts)
             return result
         node = self._known[v]
-        begins = [1, *self._cuts][:-1][::-1]
+        begins = [1, *self.cuts][:-1][::-1]
         if node.row:
             return Result(v, "row", node, tuple(0 if n < self.columns else n // self.columns for n in begins))
         return Result(v, "full", node, tuple(begins))

@@ -8,35 +8,51 @@ from ..graph import Graph, verify
 from .batch import batch
 from .fuse import fuse
 from .passes import (
-    claim_cross_entropy,
     common_subexpressions,
     dead_code,
     fold_constants,
+    rewrite_patterns,
     simplify,
     transpose_products,
 )
+from .passes.descend import descend
+from .passes.join_losses import join_losses
+from .passes.loss_head import chunk_loss_heads
+from .passes.narrow import narrow_losses
+from .passes.rewrites import Rewrites
+from .passes.side_by_side import attention_side_by_side
+from .passes.widen import widen_products
 
 PASSES: list[Callable[[Graph], Graph]] = [
+    descend,
+    rewrite_patterns,
     simplify,
     dead_code,
     fold_constants,
     transpose_products,
     simplify,
     common_subexpressions,
+    narrow_losses,
+    widen_products,
     dead_code,
-    claim_cross_entropy,
+    join_losses,
+    chunk_loss_heads,
+    dead_code,
+    attention_side_by_side,
     fuse,
     batch,
 ]
 
 
-def optimise(graph: Graph) -> Graph:
-    """The graph after all passes."""
-    return list(stages(graph))[-1][1]
+def optimise(graph: Graph, rewrites: Rewrites | None = None) -> Graph:
+    """The graph after all passes. `rewrites` notes and limits what patterns and fusion do."""
+    return list(stages(graph, rewrites))[-1][1]
 
 
-def stages(graph: Graph) -> Iterator[tuple[str, Graph]]:
+def stages(graph: Graph, rewrites: Rewrites | None = None) -> Iterator[tuple[str, Graph]]:
     """Each pass's name with the graph after it; the verifier runs in between."""
+    rewrites = rewrites or Rewrites()
     for transform in PASSES:
-        graph = verify(transform(graph))
+        with rewrites.noting():
+            graph = verify(transform(graph))
         yield transform.__name__, graph

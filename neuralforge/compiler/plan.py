@@ -6,7 +6,8 @@
   from the lifetimes; an elementwise operator may write over an input that dies there;
 - an *output* of such an operator that leaves the graph gets memory of its own at each call, or takes over that of a
   donated input;
-- an *own* value is allocated by its operator, and freed after its last use.
+- a *part* of a concatenation, which has its strides, is written where the whole will be;
+- an *own* value is allocated by its operator, and freed after its last use, unless another value takes it over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import accumulate
 import torch
 
 from ..graph.ir import Equation, Graph, Value, leaves
-from ..graph.tracer import operator_traits
+from ..graph.operators import operator_traits
 from ..memory import Buffer, assign_offsets
 from .kernels import Kernel
 
@@ -31,9 +32,13 @@ class Plan:
     """Views, with the value whose memory they show."""
     buffers: dict[Value, Buffer] = field(default_factory=dict)
     takes_over: dict[Value, Value] = field(default_factory=dict)
-    """Outputs written into the memory of a donated input."""
+    """Values written into the memory of a donated input, or of what an operator allocated."""
     fresh: list[Value] = field(default_factory=list)
     """Outputs with memory of their own at each call."""
+    within: dict[Value, int] = field(default_factory=dict)
+    """Parts, with their places in bytes from the beginning of the whole, which has the same buffer."""
+    in_place: set[Equation] = field(default_factory=set)
+    """Concatenations of such parts, which have nothing left to do."""
     arena_bytes: int = 0
     peak_bytes: int = 0
     """Predicted peak of everything allocated by a call: the arena, fresh outputs, and what operators allocate."""
@@ -41,7 +46,7 @@ class Plan:
     death: dict[Value, int] = field(default_factory=dict)
     """First and last equation at which each value's memory is in use; inputs and constants have no birth."""
     in_use: list[int] = field(default_factory=list)
-    """Bytes in use at each equation."""
+    """Bytes in use at each equation, inputs and constants not counted."""
 
 
 def root_of(roots: dict[Value, Value], value: Value) -> Value:
@@ -73,15 +78,23 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
     for v in escaping:
         death[v] = end
     free_inputs = [v for v in donated if v not in escaping]
+    wholes = _find_parts(graph, kernels, plan, escaping)
+    held = dict(death)  # until when the memory that an operator allocated is in use, by whatever value
+    allocated: dict[Value, Value] = {}  # values in such memory, with the value it was made for
 
     for i, eq in enumerate(graph.equations):
         kernel = kernels.get(eq)
         if kernel is None:
+            allocated.update((v, v) for v in eq.results if _allocates(eq))
             continue
-        # An operand that is also read through a view, in another order perhaps, can't be written over.
-        memory = Counter(root_of(roots, v) for v in dict.fromkeys(eq.inputs))
-        dying = [v for v in memory if death[v] == i and memory[v] == 1 and v in eq.inputs]
+        if eq in plan.in_place:
+            continue
+        dying = _dying(eq, i, roots, death)
         for out in eq.results:
+            if out in wholes:
+                whole = wholes[out]
+                plan.buffers[out] = plan.buffers.setdefault(whole, Buffer(_extent(whole), i, death[whole]))
+                continue
             if out in escaping:
                 source = _take_over(out, i, dying, kernel, free_inputs, death)
                 if source is None:
@@ -90,33 +103,85 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
                     plan.takes_over[out] = source
                     free_inputs.remove(source)
                 continue
-            reusable = (v for v in dying if v in plan.buffers and _alike(v, out) and kernel.may_overwrite(out, v))
-            reused = next(reusable, None)
-            if reused is not None:
-                dying.remove(reused)
-                plan.buffers[out] = plan.buffers[reused]
-                plan.buffers[out].last = death[out]
-            else:
+            reusable = (v for v, root in dying.items() if (root in plan.buffers or root in allocated) and _alike(v, out))
+            reused = next((v for v in reusable if kernel.may_overwrite(out, v)), None)
+            root = None if reused is None else dying.pop(reused)
+            if root is None:
                 plan.buffers[out] = Buffer(_extent(out), i, death[out])
+            elif root in allocated:
+                plan.takes_over[out] = reused
+                allocated[out] = allocated[root]
+                held[allocated[out]] = death[out]
+            else:
+                plan.buffers[out] = plan.buffers[root]
+                plan.buffers[out].last = death[out]
 
-    plan.arena_bytes = assign_offsets(list(dict.fromkeys(plan.buffers.values())))
+    buffers = list(dict.fromkeys(plan.buffers.values()))
+    plan.arena_bytes = assign_offsets(buffers)
     plan.birth, plan.death = birth, death
-    own = [v for v in birth if v not in roots and v not in plan.buffers and v not in plan.takes_over and v not in plan.fresh]
-    fresh = sum(v.nbytes for v in plan.fresh)
-    plan.peak_bytes = plan.arena_bytes + fresh + max(_profile(own, birth, death, end), default=0)
-    mine = [v for v in birth if v not in roots and v not in plan.takes_over]
-    plan.in_use = _profile(mine, birth, death, end)
+    own = [v for v in birth if v not in roots and v not in plan.buffers and v not in plan.takes_over]
+    outside = [(birth[v], held[v], v.nbytes) for v in own]  # of the arena; the results among them stay
+    outside += [(i, i, kernels[eq].scratch(eq)) for i, eq in enumerate(graph.equations) if eq in kernels]
+    inside = [(buffer.first, buffer.last, buffer.nbytes) for buffer in buffers]
+    plan.in_use = _profile([*outside, *inside], end)
+    plan.peak_bytes = plan.arena_bytes + max(_profile(outside, end), default=0)
     return plan
 
 
+def _find_parts(
+    graph: Graph, kernels: dict[Equation, Kernel], plan: Plan, escaping: set[Value]
+) -> dict[Value, Value]:
+    """The parts, each with the concatenation it is read by alone; notes them in the plan."""
+    cat = torch.ops.aten.cat.default
+    cats = [eq for eq in graph.equations if eq.op is cat and eq in kernels and eq.outputs not in escaping]
+    if not cats:
+        return {}
+    made = {v for eq in graph.equations if eq in kernels and eq.op is not cat for v in eq.results}
+    readers: dict[Value, list[Equation]] = {}
+    for eq in graph.equations:
+        if not is_view(eq):
+            for v in dict.fromkeys(eq.inputs):
+                readers.setdefault(root_of(plan.roots, v), []).append(eq)
+    wholes: dict[Value, Value] = {}
+    for eq in cats:
+        whole, dim, at, found = eq.outputs, (*eq.args, 0)[1], 0, {}
+        for part in eq.args[0]:
+            root = root_of(plan.roots, part)
+            laid = all(n == 1 or s == t for n, s, t in zip(part.shape, part.strides, whole.strides))
+            all_of_it = 0 < _extent(part) == _extent(root) and part.dtype == whole.dtype and root not in escaping
+            if not laid or not all_of_it or root not in made or readers[root] != [eq] or root in found:
+                break
+            found[root] = at * whole.strides[dim] * whole.fake.element_size()
+            at += part.shape[dim]
+        else:
+            plan.within.update(found)
+            plan.in_place.add(eq)
+            wholes.update(dict.fromkeys(found, whole))
+    return wholes
+
+
+def _dying(eq: Equation, i: int, roots: dict[Value, Value], death: dict[Value, int]) -> dict[Value, Value]:
+    """The operands whose memory nobody reads after equation `i`, with their roots. One that is read in two ways, in
+    another order perhaps, can't be written over, nor can a part of a larger one."""
+    operands = dict.fromkeys(eq.inputs)
+    readers = Counter(root_of(roots, v) for v in operands)
+    found = ((v, root_of(roots, v)) for v in operands)
+    return {v: root for v, root in found if death[root] == i and readers[root] == 1 and _extent(v) == _extent(root)}
+
+
+def _allocates(eq: Equation) -> bool:
+    """Is the memory of the results surely the operator's own? (A user's operator may keep what it returns.)"""
+    return getattr(eq.op, "namespace", "") == "aten" and not operator_traits(eq.op).written
+
+
 def _take_over(
-    out: Value, i: int, dying: list[Value], kernel: Kernel, free: list[Value], death: dict[Value, int]
+    out: Value, i: int, dying: dict[Value, Value], kernel: Kernel, free: list[Value], death: dict[Value, int]
 ) -> Value | None:
     """A donated input whose memory `out` may have: read for the last time before it, or by the same elementwise
     operator."""
     for v in dying:
         if v in free and _alike(v, out) and kernel.may_overwrite(out, v):
-            dying.remove(v)
+            del dying[v]
             return v
     return next((v for v in free if _alike(v, out) and death.get(v, -1) < i), None)
 
@@ -132,12 +197,12 @@ def _extent(v: Value) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(tuple(v.shape), v.strides))) * v.fake.element_size()
 
 
-def _profile(values: list[Value], birth: dict[Value, int], death: dict[Value, int], end: int) -> list[int]:
-    """Bytes that `values` hold at each equation."""
+def _profile(spans: list[tuple[int, int, int]], end: int) -> list[int]:
+    """Bytes in use at each equation; each span is the first equation, the last, and the bytes."""
     changes = [0] * (end + 2)
-    for v in values:
-        changes[birth[v]] += v.nbytes
-        changes[death[v] + 1] -= v.nbytes
+    for first, last, nbytes in spans:
+        changes[first] += nbytes
+        changes[last + 1] -= nbytes
     return list(accumulate(changes))[:end]
 
 

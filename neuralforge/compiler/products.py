@@ -1,69 +1,219 @@
-"""Matrix products: ATen's (MKL) or oneDNN's, whichever was faster for this shape on this machine.
+"""Matrix products: ATen's (MKL; oneDNN for bfloat16), oneDNN's or our own, whichever was faster for this shape on this
+machine.
 
-Neither is best everywhere: on AVX2 machines MKL reaches 80 % of the peak and oneDNN 50 %, on AMD's AVX-512 machines
-40 % and over 90 %. The choice is timed once for each shape and layout and remembered on disk.
+None is best everywhere: MKL reaches 85 % of the peak on Intel's processors, 80 % on AMD's with AVX2 and 40 % on those
+with AVX-512; oneDNN 50 to 75 %, and over 90 % on the last. The choice is timed once for each shape and layout, near
+lengths apart, and remembered on disk.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..graph.ir import Equation, Value
+from ..kernels import matmul
 from ..kernels.choices import Choices
+from ..kernels.native import built_ahead
+from ..kernels.toolchain import isa
+from ..memory import keep_pages
+from .kernels import Kernel
 
 aten = torch.ops.aten
 
+NEAR = 4
+"""A product that differs from a timed one in one length alone, at most so many times, takes over its choice."""
+LONGEST = 1024
+"""Rows, columns and summands that products are timed with at most: more take longer, but no other kernel is the fastest."""
+PIECE = 1024
+"""Rows of oneDNN's products that are made at once, and copied while the cache still holds them."""
+_NUMBER = re.compile(r"\d+")
 
-def onednn(eq: Equation) -> Callable | None:
-    """The equation as a call of oneDNN's inner product, x @ w.T + bias, which takes any strides; None where it
-    doesn't apply (it computes in float32 and allocates its result)."""
+
+def onednn(eq: Equation) -> Kernel | None:
+    """The equation by oneDNN's inner product, x @ w.T + bias; None where it doesn't apply (it computes in float32, and
+    takes a hundred times as long with gaps between rows or columns). It allocates its result, which is copied to where
+    the memory plan wants it, PIECE rows at a time: left where they are, such results take 10 to 30 % more memory than
+    the plan, in holes between them that malloc can't use again."""
     if not torch.backends.mkldnn.is_available() or not isinstance(eq.outputs, Value):
         return None
+    if eq.kwargs or not _plain(eq.args, torch.float32) or any(v.fake.dim() == 2 and not _dense(v) for v in eq.args):
+        return None
+    if eq.op is not aten.mm.default:
+        if eq.op is not aten.addmm.default or tuple(eq.args[0].shape) != (eq.outputs.shape[1],):
+            return None
     linear = torch.ops.mkldnn._linear_pointwise.default
-    if eq.op is aten.mm.default and _plain(eq.args):
-        return lambda a, b: linear(a, b.t(), None, "none", [], "")
-    if eq.op is aten.addmm.default and not eq.kwargs and _plain(eq.args) and eq.args[0].fake.dim() == 1:
-        if eq.args[0].shape[0] == eq.outputs.shape[1]:
-            return lambda c, a, b: linear(a, b.t(), c, "none", [], "")
+    rows, columns = eq.outputs.shape
+    piece = PIECE if eq.args[-2].fake.is_contiguous() else rows  # of others, pieces have gaps
+
+    def run(outputs: tuple, args: tuple, kwargs: dict) -> None:
+        *bias, a, b = args
+        for i in range(0, len(a), piece):  # products are timed on parts
+            part = linear(a[i : i + piece], b.t(), *bias or [None], "none", [], "")
+            outputs[0][i : i + piece].copy_(part)
+
+    return Kernel(run, scratch=lambda eq: min(rows, piece) * columns * 4, library="oneDNN")
+
+
+def product_operands(eq: Equation) -> tuple[Value, Value, Value | None]:
+    """The factors of mm, bmm or addmm, and what is added."""
+    return (*eq.args, None) if len(eq.args) == 2 else (eq.args[1], eq.args[2], eq.args[0])
+
+
+def own(eq: Equation) -> Kernel | None:
+    """The equation by our kernel, which takes any strides and writes into a given destination; None where it doesn't
+    apply."""
+    if eq.kwargs or not isinstance(eq.outputs, Value) or not _plain(eq.args, torch.float32, torch.bfloat16):
+        return None
+    if not matmul.available(eq.outputs.dtype):
+        return None
+    if eq.op in (aten.mm.default, aten.bmm.default):
+        return Kernel(matmul.forward)
+    if eq.op is aten.addmm.default and eq.args[0].shape == eq.outputs.shape[1:]:
+        return Kernel(lambda outputs, args, kwargs: matmul.forward(outputs, (args[1], args[2], args[0]), kwargs))
     return None
 
 
-def _plain(args: tuple) -> bool:
-    return all(
-        isinstance(v, Value) and v.dtype == torch.float32 and v.device.type == "cpu" and v.fake.numel() for v in args
-    )
+def _plain(args: tuple, *dtypes: torch.dtype) -> bool:
+    """Tensors on the CPU, all of one of these types, none of them empty?"""
+    if not all(isinstance(v, Value) and v.device.type == "cpu" and v.fake.numel() for v in args):
+        return False
+    return args[0].dtype in dtypes and len({v.dtype for v in args}) == 1
 
 
-def choose_products(equations: list[Equation]) -> dict[Equation, Callable]:
-    """For the products where oneDNN is the faster, the call that replaces the operator."""
+def _dense(v: Value) -> bool:
+    """Is `v`, a matrix, without gaps, by rows or by columns?"""
+    rows, columns = v.shape
+    return v.fake.is_contiguous() or v.strides[0] == 1 and (v.strides[1] == rows or columns == 1)
+
+
+@dataclass
+class Products:
+    """The chosen `kernels`. `extra` and `copy`, for every product that our kernel serves: the seconds by which it is
+    slower than the fastest, and what copying the result takes (of the part that was timed)."""
+
+    kernels: dict[Equation, Kernel] = field(default_factory=dict)
+    extra: dict[Equation, float] = field(default_factory=dict)
+    copy: dict[Equation, float] = field(default_factory=dict)
+
+
+def choose_products(equations: list[Equation]) -> Products:
+    """For the products where another library, or a kernel of ours, is faster than the operator itself: those."""
     choices = Choices("products")
-    chosen = {}
+    timed = {key: entry for key, entry in choices.table.items() if "like" not in entry and "copy" in entry}
+    found = Products()
+    memory: dict[tuple, torch.Tensor] = {}
     for eq in equations:
-        call = onednn(eq)
-        if call is None:
+        others = {"onednn": onednn(eq), "own": own(eq)}
+        others = {name: kernel for name, kernel in others.items() if kernel is not None}
+        candidates = {"aten": eq.op} | {name: partial(_into_new, kernel) for name, kernel in others.items()}
+        if len(candidates) == 1:
             continue
         layouts = ";".join(f"{tuple(v.shape)}{tuple(v.strides)}" for v in eq.args)
-        key = f"{eq.name} {layouts} threads={torch.get_num_threads()}"
-        if choices.get(key, partial(_fastest, {"aten": eq.op, "onednn": call}, eq.args)) == "onednn":
-            chosen[eq] = call
+        key = f"{eq.name} {layouts} threads={torch.get_num_threads()} {isa()}"
+        key += " bfloat16" if eq.outputs.dtype == torch.bfloat16 else ""
+        choice = choices.get(key, partial(_measured, candidates, eq.args, memory, key, timed))
+        if choice in others:
+            found.kernels[eq] = others[choice]
+        entry = choices.table.get(key, {})
+        if "own" in others and "copy" in entry and "own" in entry["seconds"]:
+            found.extra[eq] = entry["seconds"]["own"] - min(entry["seconds"].values())
+            found.copy[eq] = entry["copy"]
     choices.save()
-    return chosen
+    return found
 
 
-def _fastest(candidates: dict[str, Callable], args: tuple[Value, ...], rounds: int = 3) -> dict[str, Any]:
-    """Best times in seconds on random operands of the recorded layout, alternating, after one warm-up."""
-    own = torch.Generator().manual_seed(0)  # a run must not depend on whether the choice was cached
-    tensors = [torch.empty_strided(v.shape, v.strides, dtype=v.dtype).normal_(generator=own) for v in args]
-    best = dict.fromkeys(candidates, float("inf"))
-    for n in range(rounds + 1):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call(*tensors)
-            if n:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return {"choice": min(best, key=best.__getitem__), "seconds": best}
+def _into_new(kernel: Kernel, *args: torch.Tensor) -> None:
+    *_, a, b = args
+    kernel.run((a.new_empty(*a.shape[:-1], b.shape[-1]),), args, {})
+
+
+def _measured(
+    candidates: dict[str, Callable], args: tuple[Value, ...], memory: dict[tuple, torch.Tensor], key: str, timed: dict[str, Any]
+) -> dict[str, Any]:
+    return _neighbour(timed, key) or _fastest(candidates, args, memory)
+
+
+def _fastest(
+    candidates: dict[str, Callable], args: tuple[Value, ...], memory: dict[tuple, torch.Tensor], enough: float = 0.05
+) -> dict[str, Any]:
+    """Best times in seconds, alternating: two to four rounds, until `enough` seconds have been spent (long products vary
+    less); a candidate far behind is not tried again. And the time that copying the result takes. Both are the whole
+    product's, where a part was timed."""
+    built_ahead()
+    keep_pages()
+    tensors = _operands(args, memory)
+
+    def seconds(call: Callable) -> float:
+        start = time.perf_counter()
+        call(*tensors)
+        return time.perf_counter() - start
+
+    began = time.perf_counter()
+    best = {name: seconds(call) for name, call in candidates.items()}
+    left = [name for name in candidates if best[name] < 3 * min(best.values())]  # some prepared themselves just now
+    for _ in range(3):
+        for name in left:
+            best[name] = min(best[name], seconds(candidates[name]))
+        left = [name for name in left if best[name] < 1.4 * min(best.values())]
+        if len(left) == 1 or time.perf_counter() - began > enough:
+            break
+    *_, a, b = tensors
+    result, copy = a.new_zeros(*a.shape[:-1], b.shape[-1]), []
+    for _ in range(2):
+        start = time.perf_counter()
+        torch.empty_like(result).copy_(result)
+        copy.append(time.perf_counter() - start)
+    (rows, inner, columns), (m, k, n) = _sizes(*args[-2:]), _sizes(a, b)
+    whole = {name: t * rows * inner * columns / (m * k * n) for name, t in best.items()}
+    return {
+        "choice": min(best, key=best.__getitem__), "seconds": whole, "copy": min(copy) * rows * columns / (m * n),
+    }  # fmt: skip
+
+
+def _neighbour(timed: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """An entry after that of the nearest product that differs in one length alone, the tokens of a batch mostly: timing
+    every length again would take long, and where another choice came out, another epilogue would have to be built."""
+    layouts, _, machine = key.partition(" threads=")
+    form, numbers = _NUMBER.sub("", layouts), _NUMBER.findall(layouts)
+    nearest, like = NEAR, None
+    for other in timed:
+        their_layouts, _, their_machine = other.partition(" threads=")
+        if their_machine != machine or _NUMBER.sub("", their_layouts) != form:
+            continue
+        pairs = zip(numbers, _NUMBER.findall(their_layouts))
+        ratios = {int(mine) / max(int(theirs), 1) for mine, theirs in pairs if mine != theirs}
+        if len(ratios) == 1 and 0 not in ratios and max(ratio := ratios.pop(), 1 / ratio) <= nearest:
+            nearest, like, by = max(ratio, 1 / ratio), other, ratio
+    if like is None:
+        return None
+    entry = timed[like]
+    seconds = {name: by * t for name, t in entry["seconds"].items()}
+    return {"choice": entry["choice"], "seconds": seconds, "copy": by * entry["copy"], "like": like}
+
+
+def _sizes(a: Value | torch.Tensor, b: Value | torch.Tensor) -> tuple[int, int, int]:
+    return a.shape[-2], a.shape[-1], b.shape[-1]
+
+
+def _operands(args: tuple[Value, ...], memory: dict[tuple, torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors laid out like the arguments in `memory`, by their type and position, which grows; no longer than LONGEST in any
+    dimension. Ordinary numbers, not random ones: a run must not depend on whether the choice was cached."""
+    tensors = []
+    for n, v in enumerate(args):
+        shape = [*v.shape[:-2], *(min(size, LONGEST) for size in v.shape[-2:])]
+        strides = list(v.strides)
+        if v.fake.dim() == 2 and _dense(v):  # so is the part
+            strides = [shape[1], 1] if v.fake.is_contiguous() else [1, shape[0]]
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+        at = v.dtype, n
+        if at not in memory or memory[at].numel() < extent:
+            memory[at] = torch.linspace(-1, 1, extent).to(v.dtype)
+        tensors.append(memory[at].as_strided(shape, strides))
+    return tensors

@@ -3,25 +3,38 @@
 The peak that is brought down is that of the memory plan of the very schedule that will run, not a proxy. Step by step,
 the value is chosen that frees the most memory at the peak for each second of computing it again; the sequence of
 steps doesn't depend on the budget, which only says where to stop, so a smaller budget never gives a larger peak.
-Random operators are never run again: what they drew is kept, so dropout is the same.
+Random operators are never run again: what they drew is kept, so dropout is the same. A part of a fused group may round
+in other places than the whole: results are the same up to that.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import MemoryBudgetError
 from ..graph import Graph, verify
 from ..graph.ir import Equation, Value, map_tree, substitute
+from ..graph.operators import draws
+from .again import results_apart
 from .cost import cost
-from .passes.simplify import is_random
-from .plan import Plan, is_view, root_of
+from .fuse import Fused
+from .kernels import Kernel, claim_fused
+from .plan import Plan, is_view, plan_memory, root_of
+from .pointwise import price
 
 FLOPS, BANDWIDTH = 2e11, 2e10
-"""Rough rates that weigh arithmetic against memory traffic; only their ratio matters."""
+"""Rough rates that weigh arithmetic against memory traffic."""
+CALL = 1e-5
+"""Seconds that a call takes before any work."""
+FRUGAL = 0.015
+"""Share of a program's time that may go to saving memory without being asked."""
+WORTH = 2e9
+"""Bytes that must become free for each second of it."""
+PATIENCE = 20
+"""Steps that may follow each other without a lower peak before it counts as the lowest."""
 
 
 @dataclass
@@ -35,106 +48,172 @@ class Step:
 
 
 def rematerialise(
-    graph: Graph, plan: Callable[[Graph], Plan], copied: Callable[[Equation, Equation], None], budget: int
-) -> Graph:
-    """A graph of the same results whose planned peak is at most `budget` bytes.
-
-    `plan` gives the memory plan of a graph; `copied(old, new)` is told of every equation that is to run again. Raises
-    MemoryBudgetError, telling the smallest budget that can be met.
-    """
-    names = itertools.count()
-    now = plan(graph)
-    first = smallest = now.peak_bytes
-    stuck: set[Equation] = set()
-    patience = 0
-    while now.peak_bytes > budget:
-        step = _best_step(graph, now, stuck)
-        if step is None or patience > 20:
-            raise MemoryBudgetError(
-                f"memory_budget={budget / 1e6:.1f} MB can't be met: recomputing brings the peak of this program from "
-                f"{first / 1e6:.1f} MB down to {smallest / 1e6:.1f} MB at best. Allow at least that, or make the batch smaller."
-            )
-        graph = verify(_apply(graph, step, names, copied, now.roots))
-        stuck.add(step.producer)
-        now = plan(graph)
-        patience = 0 if now.peak_bytes < smallest else patience + 1
-        smallest = min(smallest, now.peak_bytes)
-    return graph
+    graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value], budget: int | None
+) -> tuple[Graph, dict[Equation, Kernel]]:
+    """A graph of the same results whose planned peak is at most `budget` bytes, and its kernels; without a budget, as
+    low as recomputing for `FRUGAL` of the program's time brings it. `kernels` and `donated` are what the memory plan
+    depends on. Raises MemoryBudgetError, telling the smallest budget that can be met."""
+    search = _Search(graph, kernels, donated)
+    if budget is None:
+        search.save_what_is_cheap()
+    else:
+        search.fit(budget)
+    return search.graph, search.built()
 
 
-def _best_step(graph: Graph, plan: Plan, stuck: set[Equation]) -> Step | None:
-    """The step with the best score at the moment of the highest use; where none helps there, at the next highest."""
-    uses: dict[Value, list[int]] = {}
-    for i, eq in enumerate(graph.equations):
-        for v in {root_of(plan.roots, v) for v in eq.inputs}:
-            uses.setdefault(v, []).append(i)
-    moments = sorted(range(len(plan.in_use)), key=lambda i: -plan.in_use[i])
-    for moment in moments[:8]:
-        best: Step | None = None
-        for eq in graph.equations[:moment]:
-            if eq in stuck or is_view(eq) or is_random(eq.op) or eq.origin == "recomputed":
+class _Search:
+    """The graph in the making, its kernels and its plan."""
+
+    def __init__(self, graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value]):
+        self.graph, self.kernels, self.donated = graph, dict(kernels), donated
+        self.names = itertools.count()
+        self.tried: set[Value] = set()
+        self.apart: dict[Equation, list[Equation]] = {}
+        self.plan = self._planned(graph)
+
+    def _planned(self, graph: Graph) -> Plan:
+        return plan_memory(graph, self.kernels, self.donated)
+
+    def fit(self, budget: int) -> None:
+        """Step by step, until the peak is within the budget."""
+        first = smallest = self.plan.peak_bytes
+        patience = 0
+        while self.plan.peak_bytes > budget:
+            steps = self._best_steps(fused_only=False)
+            if not steps or patience > PATIENCE:
+                raise MemoryBudgetError(
+                    f"memory_budget={budget / 1e6:.1f} MB can't be met: recomputing brings the peak of this program from "
+                    f"{first / 1e6:.1f} MB down to {math.ceil(smallest / 1e5) / 10:.1f} MB at best. Allow at least "
+                    f"memory_budget={smallest}, or make the batch smaller."
+                )
+            self.tried.update(steps[0].values)
+            self.graph = verify(self._applied(self.graph, steps[0]))
+            self.plan = self._planned(self.graph)
+            patience = 0 if self.plan.peak_bytes < smallest else patience + 1
+            smallest = min(smallest, self.plan.peak_bytes)
+
+    def save_what_is_cheap(self) -> None:
+        """Recompute fused groups while that is next to free and brings the peak down."""
+        seconds = FRUGAL * sum(_seconds(eq) for eq in self.graph.equations)
+        while steps := self._best_steps(fused_only=True):
+            chosen = []
+            for step in steps:
+                spent = _seconds(step.producer)
+                if spent <= seconds and step.score > WORTH and self.tried.isdisjoint(step.values):
+                    self.tried.update(step.values)
+                    chosen.append(step)
+                    seconds -= spent
+            if not chosen:
+                break
+            trial = self.graph
+            for step in sorted(chosen, key=lambda step: -step.at):
+                trial = self._applied(trial, step)
+            plan = self._planned(verify(trial))
+            if plan.peak_bytes < self.plan.peak_bytes:
+                self.graph, self.plan = trial, plan
+
+    def built(self) -> dict[Equation, Kernel]:
+        """The kernels, with code for the parts of groups that run again."""
+        late = [eq for eq in self.graph.equations if eq in self.kernels and self.kernels[eq].run is _unbuilt]
+        ready = {eq: self.kernels[eq] for eq in self.graph.equations if eq in self.kernels and eq not in late}
+        return ready | claim_fused(late)
+
+    def _candidates(self, eq: Equation) -> list[Equation]:
+        """The equation, and what makes single ones of its results."""
+        if eq not in self.apart:
+            self.apart[eq] = results_apart(eq)
+            if eq in self.kernels:
+                self.kernels |= {part: Kernel(_unbuilt, part.op.may_overwrite) for part in self.apart[eq]}
+        return [eq, *self.apart[eq]]
+
+    def _best_steps(self, fused_only: bool) -> list[Step]:
+        """At the moment of the highest use, the step with the best score and those that are as good; where none helps
+        there, at the next highest."""
+        plan = self.plan
+        uses: dict[Value, list[int]] = {}
+        for i, eq in enumerate(self.graph.equations):
+            for v in {root_of(plan.roots, v) for v in eq.inputs}:
+                uses.setdefault(v, []).append(i)
+        able = [
+            (i, candidate)
+            for i, eq in enumerate(self.graph.equations)
+            if eq.origin != "recomputed" and not is_view(eq) and not draws(eq.op, eq.args, eq.kwargs)
+            for candidate in self._candidates(eq)
+            if isinstance(candidate.op, Fused) or not fused_only
+        ]
+        for moment in sorted(range(len(plan.in_use)), key=lambda i: -plan.in_use[i])[:8]:
+            steps = [step for i, eq in able if i < moment and (step := self._step(eq, moment, uses)) is not None]
+            if steps:
+                best = max(step.score for step in steps)
+                return sorted((step for step in steps if step.score > 0.9 * best), key=lambda step: -step.score)
+        return []
+
+    def _step(self, eq: Equation, moment: int, uses: dict[Value, list[int]]) -> Step | None:
+        """Dropping, at `moment`, what `eq` computed before, and computing it again for the next reader."""
+        plan, waiting = self.plan, []
+        for v in eq.results:
+            if v in self.tried or v in plan.roots or plan.death[v] <= moment:
                 continue
-            step = _step(eq, moment, plan, uses)
-            if step is not None and (best is None or step.score > best.score):
-                best = step
-        if best is not None:
-            return best
-    return None
+            readers = uses.get(v, [])
+            after = bisect_left(readers, moment)
+            if after == len(readers) or readers[after] == moment or plan.death[v] > readers[-1]:
+                continue  # leaves the graph, or is read just now
+            waiting.append((v, readers[after]))
+        if not waiting:
+            return None
+        at = min(reader for _, reader in waiting)
+        freed = sum(v.nbytes for v, _ in waiting)
+        for r in {root_of(plan.roots, v) for v in eq.inputs}:
+            if r in plan.birth and plan.death[r] < moment:  # would have to be kept instead
+                freed -= r.nbytes
+        if freed <= 0:
+            return None
+        return Step(eq, [v for v, _ in waiting], at, freed / _seconds(eq))
 
+    def _applied(self, graph: Graph, step: Step) -> Graph:
+        env: dict[Value, Value] = {}
+        roots = self.plan.roots
 
-def _step(eq: Equation, moment: int, plan: Plan, uses: dict[Value, list[int]]) -> Step | None:
-    """Dropping, at `moment`, what `eq` computed before, and computing it again for the next reader."""
-    waiting = []
-    for v in eq.results:
-        if v not in plan.death or plan.death[v] <= moment or v in plan.roots:
-            continue
-        readers = uses.get(v, [])
-        after = bisect_left(readers, moment)
-        if after == len(readers) or readers[after] == moment or plan.death[v] > readers[-1]:
-            continue  # leaves the graph, or is read just now
-        waiting.append((v, readers[after]))
-    if not waiting:
-        return None
-    at = min(reader for _, reader in waiting)
-    freed = sum(v.nbytes for v, _ in waiting)
-    for r in {root_of(plan.roots, v) for v in eq.inputs}:
-        if r in plan.birth and plan.death[r] < moment:  # would have to be kept instead
-            freed -= r.nbytes
-    if freed <= 0:
-        return None
-    c = cost(eq)
-    return Step(eq, [v for v, _ in waiting], at, freed / (c.flops / FLOPS + c.bytes / BANDWIDTH + 1e-6))
+        def again(eq: Equation) -> Equation:
+            renew = lambda v: Value(f"{v.name}_r{next(self.names)}", v.fake) if isinstance(v, Value) else v
+            outputs = map_tree(renew, eq.outputs)
+            new = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), outputs, eq.source, "recomputed")
+            env.update(zip(eq.results, new.results))
+            return self._like(eq, new)
 
+        before, after = graph.equations[: step.at], graph.equations[step.at :]
+        inserted = [again(step.producer)]
+        env = {v: env[v] for v in step.values}
+        read_late = {v for eq in after for v in eq.inputs}
+        views = [eq for eq in before if is_view(eq) and root_of(roots, eq.results[0]) in step.values]
+        needed: set[Value] = set()
+        for eq in reversed(views):
+            if any(v in read_late or v in needed for v in eq.results):
+                needed.update(eq.inputs)
+                needed.update(eq.results)
+        inserted += [again(eq) for eq in views if eq.results[0] in needed]
+        rest = []
+        for eq in after:
+            if any(v in env for v in eq.inputs):
+                new = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+                eq = self._like(eq, new)
+            rest.append(eq)
+        return graph.replace(equations=[*before, *inserted, *rest])
 
-def _apply(
-    graph: Graph, step: Step, names: itertools.count, copied: Callable[[Equation, Equation], None], roots: dict[Value, Value]
-) -> Graph:
-    env: dict[Value, Value] = {}
-
-    def again(eq: Equation) -> Equation:
-        renew = lambda v: Value(f"{v.name}_r{next(names)}", v.fake) if isinstance(v, Value) else v
-        outputs = map_tree(renew, eq.outputs)
-        new = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), outputs, eq.source, "recomputed")
-        env.update(zip(eq.results, new.results))
-        copied(eq, new)
+    def _like(self, old: Equation, new: Equation) -> Equation:
+        if old in self.kernels:
+            self.kernels[new] = self.kernels[old]
         return new
 
-    before, after = graph.equations[: step.at], graph.equations[step.at :]
-    inserted = [again(step.producer)]
-    env = {v: env[v] for v in step.values}
-    read_late = {v for eq in after for v in eq.inputs}
-    views = [eq for eq in before if is_view(eq) and root_of(roots, eq.results[0]) in step.values]
-    needed: set[Value] = set()
-    for eq in reversed(views):
-        if any(v in read_late or v in needed for v in eq.results):
-            needed.update(eq.inputs)
-            needed.update(eq.results)
-    inserted += [again(eq) for eq in views if eq.results[0] in needed]
-    rest = []
-    for eq in after:
-        if any(v in env for v in eq.inputs):
-            new = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
-            copied(eq, new)
-            eq = new
-        rest.append(eq)
-    return graph.replace(equations=[*before, *inserted, *rest])
+
+def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    """Stands for code that is built once it is known what will run."""
+    raise AssertionError("a kernel that was planned with hasn't been built")
+
+
+def _seconds(eq: Equation) -> float:
+    c = cost(eq)
+    if isinstance(eq.op, Fused):  # few of its operations are multiply-adds, and some cost many additions
+        work = sum(price(e) * max((v.fake.numel() for v in e.results), default=0) for e in eq.op.graph.equations)
+        return max(work / (FLOPS / 2), c.bytes / BANDWIDTH) + CALL
+    return c.flops / FLOPS + c.bytes / BANDWIDTH + CALL

@@ -17,6 +17,8 @@ CHEAP = 5
 """The most additions that computing a result again may cost."""
 READERS = 2
 """The most groups that compute a result again."""
+SMALL = 4096
+"""Elements below which a result isn't worth it."""
 
 
 def sink(graph: Graph, groups: list[Group], looked_through: set) -> Graph:
@@ -40,7 +42,7 @@ class _Sink:
     def run(self) -> Graph:
         for v in [v for eq in reversed(self.graph.equations) for v in eq.results]:
             eq = self.producer.get(v)
-            if eq in self.group_of and supported(eq) and v not in self.outputs:
+            if eq in self.group_of and supported(eq) and v not in self.outputs and v.fake.numel() >= SMALL:
                 self._try(v, self.group_of[eq])
         return self.graph
 

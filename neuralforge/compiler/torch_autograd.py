@@ -3,18 +3,18 @@ backward program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..autograd.tape import Tape
-from ..errors import CaptureError
+from ..errors import CaptureError, DifferentiationError
 from ..graph import Captured, Graph, capture
 from ..graph.ir import Value
+from ..graph.operators import draws
 from ..graph.source import user_line
+from ..graph.tree import TreeSpec, tree_flatten, tree_unflatten
 from .compiled import Compiled
 
 
@@ -23,7 +23,9 @@ class Differentiable:
     gradients, as do the tensors it closes over that require grad: a module's parameters. Those, `hidden`, are the
     last inputs. Forward returns, after the outputs, the values that backward reads."""
 
-    def __init__(self, f: Callable, args: tuple, kwargs: dict, wanted: list[int], memory_budget: int | None):
+    def __init__(
+        self, f: Callable, args: tuple, kwargs: dict, wanted: list[int], memory_budget: int | None, max_rewrites: int | None
+    ):
         leaves, tree = tree_flatten((args, kwargs))
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i].detach() for i in at]
@@ -49,6 +51,7 @@ class Differentiable:
             i for i, v in enumerate(outputs) if isinstance(v, Value) and (v.dtype.is_floating_point or v.dtype.is_complex)
         ]
         cotangents = [outputs[i].fake for i in self.smooth]
+        self.strides = [g.stride() for g in cotangents]
 
         self.hidden = [t for t in plain.graph.constants.values() if t.requires_grad]
         self.wanted = [*wanted, *range(len(tensors), len(tensors) + len(self.hidden))]
@@ -69,14 +72,32 @@ class Differentiable:
 
         graph = capture(joint, tensors, cotangents).graph
         inputs, gs = graph.inputs[: len(tensors)], graph.inputs[len(tensors) :]
-        at = {id(t): v for v, t in graph.constants.items()}
-        inputs += [at[id(t)] for t in self.hidden]
+        known = {id(t): v for v, t in graph.constants.items()}
+        inputs += [known[id(t)] for t in self.hidden]
         constants = {v: t for v, t in graph.constants.items() if v not in inputs}
         graph = graph.replace(inputs=[*inputs, *gs], constants=constants)
         forward, backward = split(graph, inputs, graph.outputs[: self.count])
-        self.forward = _compiled(forward, memory_budget)
-        self.backward = _compiled(backward, memory_budget)
+        self.forward = _compiled(forward, memory_budget, max_rewrites)
+        self.backward = _compiled(backward, memory_budget, max_rewrites)
+        self._joint, self._limits, self._again = joint, (memory_budget, max_rewrites), {}
 
+    def differentiable_backward(self, tensors: Sequence[torch.Tensor], gs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What backward gives, as a function that torch.autograd can differentiate in its turn. It computes the forward
+        values again."""
+        if any(draws(eq.op, eq.args, eq.kwargs) for eq in (*self.forward.graph.equations, *self.backward.graph.equations)):
+            raise DifferentiationError(
+                f"{user_line()}: a second derivative by torch.autograd of a jitted function that draws random numbers, which "
+                f"would draw others when it is computed again. Take it with nf.grad of nf.grad or nf.hvp inside nf.jit, or "
+                f"draw from nf.random with a key."
+            )
+        arguments = [*tensors[: len(tensors) - len(self.hidden)], *gs]
+        wanted = tuple(i for i, t in enumerate(arguments) if t.requires_grad)
+        program = self._again.get(wanted)
+        if program is None or program.stale:
+            count = len(arguments) - len(gs)
+            f = lambda *given: self._joint(list(given[:count]), list(given[count:]))[1]
+            program = self._again[wanted] = Differentiable(f, tuple(arguments), {}, list(wanted), *self._limits)
+        return program(arguments)
 
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         return tree_unflatten(list(Function.apply(self, *tensors, *self.hidden)), self.out_tree)
@@ -98,7 +119,7 @@ class Function(torch.autograd.Function):
     def forward(ctx: Any, program: Differentiable, *tensors: torch.Tensor) -> tuple:
         flat = program.forward([t.detach() for t in tensors])
         ctx.program, ctx.total = program, len(tensors)
-        ctx.save_for_backward(*flat[program.count :])
+        ctx.save_for_backward(*tensors, *flat[program.count :])
         outputs = tuple(flat[: program.count])
         ctx.mark_non_differentiable(
             *[y for i, y in enumerate(outputs) if isinstance(y, torch.Tensor) and i not in program.smooth]
@@ -106,10 +127,13 @@ class Function(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gs: Any) -> tuple:
-        program = ctx.program
-        grads = program.backward([*ctx.saved_tensors, *[gs[i] for i in program.smooth]])
+        program, saved = ctx.program, ctx.saved_tensors
+        cotangents = [_laid_out(gs[i], strides) for i, strides in zip(program.smooth, program.strides)]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = program.differentiable_backward(saved[: ctx.total], cotangents)
+        else:
+            grads = program.backward([*saved[ctx.total :], *cotangents])
         result: list[Any] = [None] * ctx.total
         for i, g in zip(program.wanted, grads):
             result[i] = g
@@ -136,5 +160,10 @@ def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph
     return forward, backward
 
 
-def _compiled(graph: Graph, memory_budget: int | None) -> Compiled:
-    return Compiled(Captured(graph, tree_flatten(list(graph.outputs))[1], []), [], memory_budget)
+def _laid_out(g: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A cotangent with the strides that the program was compiled for: torch.autograd gives any."""
+    return g if g.stride() == strides else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+
+
+def _compiled(graph: Graph, memory_budget: int | None, max_rewrites: int | None) -> Compiled:
+    return Compiled(Captured(graph, tree_flatten(list(graph.outputs))[1], []), [], memory_budget, max_rewrites)

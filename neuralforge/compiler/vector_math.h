@@ -1,47 +1,5 @@
-/* What fused kernels need beyond `vector.h`, which precedes this: half-width storage, rounding, folds of a vector,
-   and the rarer functions. */
-
-/* ---- bfloat16 and float16: stored so, computed with as float. NaN stays NaN; rounding is to nearest, ties to even. */
-
-typedef unsigned short halves __attribute__((vector_size(L * 2)));
-typedef unsigned short halves_any __attribute__((vector_size(L * 2), aligned(2)));
-typedef unsigned int words __attribute__((vector_size(L * 4)));
-
-INLINE f from_bf(halves h) { return (f)(__builtin_convertvector(h, words) << 16); }
-INLINE halves to_bf(f x) {
-    words w = (words)x, r = (w + 0x7fff + ((w >> 16) & 1)) >> 16, nan = (words)(x != x);
-    return __builtin_convertvector((r & ~nan) | (nan & 0x7fc0), halves);
-}
-#if defined(__AVX512F__)
-INLINE f from_h(halves h) { f y; __asm__("vcvtph2ps %1, %0" : "=v"(y) : "v"(h)); return y; }
-INLINE halves to_h(f x) { halves y; __asm__("vcvtps2ph $0, %1, %0" : "=v"(y) : "v"(x)); return y; }
-#elif defined(__AVX2__)
-INLINE f from_h(halves h) { f y; __asm__("vcvtph2ps %1, %0" : "=x"(y) : "x"(h)); return y; }
-INLINE halves to_h(f x) { halves y; __asm__("vcvtps2ph $0, %1, %0" : "=x"(y) : "x"(x)); return y; }
-#else
-INLINE f from_h(halves h) {
-    f y;
-    for (int j = 0; j < L; j++) { _Float16 v; __builtin_memcpy(&v, (unsigned short *)&h + j, 2); y[j] = (float)v; }
-    return y;
-}
-INLINE halves to_h(f x) {
-    halves y;
-    for (int j = 0; j < L; j++) { _Float16 v = (_Float16)x[j]; __builtin_memcpy((unsigned short *)&y + j, &v, 2); }
-    return y;
-}
-#endif
-INLINE f round_bf(f x) { return from_bf(to_bf(x)); }
-INLINE f round_h(f x) { return from_h(to_h(x)); }
-
-#define HALF(S) \
-    INLINE f load_##S(const unsigned short *p) { return from_##S(*(const halves_any *)p); } \
-    INLINE void store_##S(unsigned short *p, f x) { *(halves_any *)p = to_##S(x); } \
-    INLINE f load_some_##S(const unsigned short *p, long n) { halves h = {}; for (long j = 0; j < n; j++) h[j] = p[j]; return from_##S(h); } \
-    INLINE void store_some_##S(unsigned short *p, f x, long n) { halves h = to_##S(x); for (long j = 0; j < n; j++) p[j] = h[j]; } \
-    INLINE f load_apart_##S(const unsigned short *p, long s, long n) { halves h = {}; for (long j = 0; j < n; j++) h[j] = p[j * s]; return from_##S(h); } \
-    INLINE f SET_ALL_##S(unsigned short v) { return from_##S((halves){} + v); }
-HALF(bf)
-HALF(h)
+/* What fused kernels need beyond `vector.h`, which precedes this: rounding, folds of a vector, and the rarer
+   functions. */
 
 /* ---- folding the lanes of a vector; the first n lanes of x, and those of y behind them */
 
@@ -83,15 +41,30 @@ EACH(d, log1p_d, __builtin_log1p)
 EACH(d, log2_d, __builtin_log2)
 EACH(d, exp2_d, __builtin_exp2)
 INLINE f log2_f(f x) { return log_f(x) * 1.44269504088896341f; }
-EACH(f, exp2_f, __builtin_exp2f)
-EACH(f, floor_f, __builtin_floorf)
-EACH(d, floor_d, __builtin_floor)
-EACH(f, ceil_f, __builtin_ceilf)
-EACH(d, ceil_d, __builtin_ceil)
-EACH(f, trunc_f, __builtin_truncf)
-EACH(d, trunc_d, __builtin_trunc)
-EACH(f, round_f, __builtin_rintf)
-EACH(d, round_d, __builtin_rint)
+INLINE f exp2_f(f x) {
+    f t = MAX_f(SET_f(-151.0f), MIN_f(SET_f(129.0f), x));
+    f whole = (t + 12582912.0f) - 12582912.0f, r = (t - whole) * 0.693147180559945309f;
+    f p = exp_f(r);
+    b n = __builtin_convertvector(whole, b), half = n >> 1;
+    return p * (f)((half + 127) << 23) * (f)((n - half + 127) << 23);
+}
+
+/* To whole numbers: to nearest, down, up, towards zero. */
+#if defined(__AVX512F__)
+#define WHOLE(name, mode, builtin) \
+    INLINE f name##_f(f x) { f y; __asm__("vrndscaleps $" #mode ", %1, %0" : "=v"(y) : "v"(x)); return y; } \
+    EACH(d, name##_d, builtin)
+#elif defined(__AVX2__)
+#define WHOLE(name, mode, builtin) \
+    INLINE f name##_f(f x) { f y; __asm__("vroundps $" #mode ", %1, %0" : "=x"(y) : "x"(x)); return y; } \
+    EACH(d, name##_d, builtin)
+#else
+#define WHOLE(name, mode, builtin) EACH(f, name##_f, builtin##f) EACH(d, name##_d, builtin)
+#endif
+WHOLE(round, 8, __builtin_rint)
+WHOLE(floor, 9, __builtin_floor)
+WHOLE(ceil, 10, __builtin_ceil)
+WHOLE(trunc, 11, __builtin_trunc)
 
 #define RARE(T) \
     INLINE T sign_##T(T x) { return SELECT_##T(MASK_##T(x > SET_##T(0)), SET_##T(1), SELECT_##T(MASK_##T(x < SET_##T(0)), SET_##T(-1), SET_##T(0))); } \

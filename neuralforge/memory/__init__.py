@@ -1,6 +1,7 @@
-"""Memory: planning buffers into one arena, and keeping the allocator from giving pages back."""
+"""Memory: planning buffers into one arena, keeping the allocator from giving pages back, pausing Python's collector."""
 
-from .arena import ALIGNMENT, Buffer, assign_offsets
-from .malloc import keep_pages
+from .arena import ALIGNMENT, Arena, Buffer, assign_offsets
+from .collector import paused_collector
+from .malloc import give_pages_back, keep_pages
 
-__all__ = ["ALIGNMENT", "Buffer", "assign_offsets", "keep_pages"]
+__all__ = ["ALIGNMENT", "Arena", "Buffer", "assign_offsets", "give_pages_back", "keep_pages", "paused_collector"]

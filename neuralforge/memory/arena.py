@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector register."""
@@ -41,3 +45,24 @@ def assign_offsets(buffers: list[Buffer]) -> int:
     for buffer in buffers:
         buffer.offset = max(buffer.offset, 0)
     return int(end.max(initial=0))
+
+
+class Arena:
+    """The memory of one program's buffers, or of several programs' that never run at once: who runs holds `lock`. It
+    grows to what the largest needs."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def at_least(self, nbytes: int, user: Any) -> torch.Tensor:
+        """Its memory, of that many bytes or more. Where it has to grow, `release()` of the users so far is called, so that
+        nothing keeps the old memory. Call with the lock held."""
+        if self.memory.numel() < nbytes:
+            for other in self._users:
+                other.release()
+            self.memory = torch.empty(0, dtype=torch.uint8)
+            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+        self._users.add(user)
+        return self.memory

@@ -20,3 +20,9 @@ def keep_pages() -> bool:
     except AttributeError:  # musl has no mallopt
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def give_pages_back() -> None:
+    """Hand what malloc keeps free back to the kernel, as after work whose memory nothing to come needs."""
+    if keep_pages():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,6 @@
 """Fused groups: every operator against float64 truth on every instruction set, odd shapes and strides, special
 values, random programs, and what is grouped with what."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,21 +11,8 @@ import neuralforge as nf
 from neuralforge.compiler import codegen
 from neuralforge.compiler.batch import batch
 from neuralforge.compiler.fuse import Fused, fuse
-from neuralforge.compiler.kernels import _say_once
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture, verify
-from neuralforge.kernels import toolchain
-
-ISAS = ["portable", "avx2", "avx512"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("NEURALFORGE_ISA", request.param)
-    try:
-        toolchain.isa()
-    except toolchain.KernelError:
-        pytest.skip(f"this CPU has no {request.param}")
 
 
 def fused_parts(f, *args):
@@ -58,6 +43,16 @@ UNARY = {
     "maximum": lambda x: torch.maximum(x, x * -0.5), "minimum": lambda x: torch.minimum(x, x * -0.5),
     "where": lambda x: torch.where(x > 0.3, x, x * 2), "masked_fill": lambda x: x.masked_fill(x <= 0, 7.0),
     "logic": lambda x: torch.where((x > 0).logical_and(x < 1).logical_or((x == -1).logical_not()), x, -x),
+    "expm1": torch.expm1, "log1p": torch.log1p, "exp2": torch.exp2, "log2": torch.log2, "sign": torch.sign, "floor": torch.floor,
+    "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round, "clamp": lambda x: x.clamp(-0.5, 1.5),
+    "clamp_min": lambda x: x.clamp_min(0.25), "clamp_max": lambda x: x.clamp(max=0.25), "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "softplus": lambda x: F.softplus(x, 2.0, 5.0), "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.7),
+    "addcmul": lambda x: torch.addcmul(x, x, x + 1, value=0.5), "addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 1, value=0.5),
+    "lerp": lambda x: torch.lerp(x, x * x, 0.3), "tanh_backward": lambda x: torch.ops.aten.tanh_backward(x, x * 0.5),
+    "sigmoid_backward": lambda x: torch.ops.aten.sigmoid_backward(x, x * 0.5),
+    "threshold_backward": lambda x: torch.ops.aten.threshold_backward(x, x + 1, 0.5),
+    "isnan": lambda x: torch.where(x.isnan(), 1.0, x), "isinf": lambda x: torch.where(x.isinf(), 1.0, x),
+    "xor": lambda x: torch.where((x > 0).logical_xor(x < 1), x, -x), "not": lambda x: torch.where(~(x > 0), x, -x),
     "double": lambda x: (x.double() * 1.5).float(), "mask_as_number": lambda x: (x != 0).to(x.dtype) * x,
 }  # fmt: skip
 
@@ -80,16 +75,6 @@ def test_operators(name, dtype, isa):
     big = torch.finfo(dtype).max
     clip = lambda t: t[finite].double().clamp(-2 * big if dtype == torch.float32 else -big, big)
     assert torch.allclose(clip(found), clip(expected), rtol=1e-5, atol=1e-37)
-
-
-@pytest.mark.parametrize("name, low, high", [("exp", -87, 88), ("tanh", -10, 10), ("log", 1e-30, 1e30), ("sigmoid", -80, 80)])
-def test_float_functions_are_within_2_ulp(name, low, high, isa):
-    x = torch.linspace(low, high, 200_003) if name != "log" else torch.logspace(-30, 30, 200_003)
-    f = lambda x: getattr(torch, name)(x * 1.0)
-    found, expected = native(f, x).double(), f(x.double())
-    ulp = torch.finfo(torch.float32).eps * 2.0 ** torch.floor(torch.log2(expected.abs().clamp(min=1.2e-38)))
-    bound = 2.0 if name != "sigmoid" else 3.0  # a sum and a quotient more
-    assert ((found - expected).abs() / ulp).max() <= bound
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (16,), (17,), (3, 5), (33, 65), (2, 3, 129), (4097,), (5, 4096), (70_001,)])
@@ -162,8 +147,13 @@ def test_an_optimizer_over_many_parameters_is_one_kernel():
     optimizer = nf.optim.adamw(1e-3, weight_decay=0.1)
     params = {f"p{i}": torch.randn(i + 1, 7) for i in range(20)}
     grads = {k: torch.randn_like(v) for k, v in params.items()}
-    state = optimizer.init(params)
-    step = lambda g, s, p: optimizer.update(*nf.optim.clip_by_global_norm(g, 1.0)[:1], s, p)
+    chained = nf.optim.chain(nf.optim.clip_by_global_norm(1.0), optimizer)
+    state = chained.init(params)
+
+    def step(g, s, p):
+        updates, s = chained.update(g, s, p)
+        return nf.optim.apply_updates(p, updates), s
+
     parts = fused_parts(step, grads, state, params)
     assert max(len(op.parts) for op in parts) == 20
     expected = step(grads, state, params)
@@ -220,23 +210,6 @@ def test_random_programs_agree_with_eager(steps):
         found = nf.jit(f, donate=donate)(*(x.clone() for x in inputs))
         for a, b in zip(torch.utils._pytree.tree_leaves(found), expected):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_without_a_compiler_everything_runs_and_says_so_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
-    _say_once.cache_clear()
-    toolchain.compiler.cache_clear()
-    f = lambda x: ((x.exp() + 1).log() * x, (x * x).sum())
-    x = torch.rand(100)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            found = nf.jit(lambda x: f(x))(x)
-            for a, b in zip(found, f(x)):
-                assert torch.equal(a, b)
-    assert len(said) == 1 and "no C compiler" in str(said[0].message)
-    toolchain.compiler.cache_clear()
-    _say_once.cache_clear()
 
 
 def test_equal_code_is_one_function():

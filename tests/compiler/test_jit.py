@@ -151,3 +151,34 @@ def test_explain():
     assert len(told.stages[-1][1].equations) < len(told.stages[0][1].equations)
     assert "aten.mm" in text and "test_jit.py:" in text and "1 in that of donated arguments" in text
     assert told.program.startswith("def program(")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers(kind, bias):
+    """GRU's parts are views that don't say so (unsafe_split): the memory plan must not give their memory away."""
+    torch.manual_seed(0)
+    layer = kind(5, 6, 2, bidirectional=True, bias=bias)
+    x = torch.randn(3, 7, 5)
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(p, x):
+        y, _ = torch.func.functional_call(layer, p, (x,))
+        return y.square().sum()
+
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(layer(leaf)[0].square().sum(), [*layer.parameters(), leaf])
+    for run in (lambda f: f, nf.jit):
+        found, dx = run(nf.grad(loss, (0, 1)))(params, x)
+        for a, b in zip([*found.values(), dx], expected):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_write_through_a_part_that_does_not_say_it_is_a_view():
+    def f(x):
+        y = x * 2
+        torch.unsafe_split(y, 2)[0].mul_(3)
+        return y
+
+    x = torch.randn(4, 3)
+    assert torch.equal(nf.jit(f)(x), f(x)) and torch.equal(nf.vmap(f)(x[None])[0], f(x))

@@ -87,5 +87,9 @@ def test_transpose_products():
     assert [eq.name for eq in after.equations].count("aten.mm") == 2
     for x, y in zip(graph(a, b), after(a, b)):
         assert torch.allclose(x, y)
+    converted = capture(lambda a, b: (a @ b).double().t() + 1, a, b).graph
+    after = transpose_products(converted)
+    verify(after, types=True)
+    assert after.outputs[0].strides == (3, 1) and torch.allclose(converted(a, b)[0], after(a, b)[0])
     kept = capture(lambda a, b: [(p := a @ b).t() + 1, p], a, b).graph
     assert len(transpose_products(kept).equations) == len(kept.equations), "the product itself is used too"

@@ -1,8 +1,14 @@
-"""Memory budgets: met in the plan and in fact, monotone, bit for bit the same results, dropout too, clear refusal."""
+"""Memory budgets: met in the plan and in fact, monotone, the same results, dropout too, clear refusal."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import neuralforge as nf
 from neuralforge.errors import MemoryBudgetError
@@ -24,10 +30,10 @@ def problem():
     return params, torch.randn(512, WIDTH)
 
 
-def compiled(f, *args, budget=None):
+def compiled(f, *args, budget=1 << 40):
     step = nf.jit(f, memory_budget=budget)
     result = step(*args)
-    return result, next(iter(step._compiled.values()))
+    return result, step.programs[0]
 
 
 def peak(program):
@@ -82,7 +88,7 @@ def test_what_the_plan_says_is_what_is_allocated(problem):
 
     for program in (free, held):
         tensors = torch.utils._pytree.tree_leaves(problem)
-        arena = program.program._arena
+        arena = program.program.arena.memory
         count = Count()
         count.outside = {t.untyped_storage().data_ptr() for t in (*tensors, arena)}
         with count:
@@ -93,11 +99,12 @@ def test_what_the_plan_says_is_what_is_allocated(problem):
 
 def test_dropout_draws_the_same_numbers(problem):
     f = nf.value_and_grad(lambda p, x: stack(p, x, 0.3))
-    results = []
-    for budget in (None, "12MB"):
-        torch.manual_seed(3)
-        results.append(compiled(f, *problem, budget=budget)[0])
-    for a, b in zip(*map(torch.utils._pytree.tree_leaves, results)):
+    torch.manual_seed(3)
+    expected, free = compiled(f, *problem)
+    torch.manual_seed(3)
+    found, held = compiled(f, *problem, budget=int(0.85 * peak(free)))
+    assert any(eq.origin == "recomputed" for eq in held.graph.equations)
+    for a, b in zip(*map(torch.utils._pytree.tree_leaves, (expected, found))):
         assert torch.equal(a, b)
 
 
@@ -105,7 +112,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest(problem):
     f = nf.value_and_grad(stack)
     with pytest.raises(MemoryBudgetError, match=r"memory_budget=0\.1 MB can't be met.* down to (\d+\.\d) MB at best") as e:
         compiled(f, *problem, budget="100KB")
-    smallest = float(str(e.value).split("down to ")[1].split(" MB")[0]) + 0.1
+    smallest = float(str(e.value).split("down to ")[1].split(" MB")[0])
     compiled(f, *problem, budget=f"{smallest}MB")
 
 
@@ -122,8 +129,92 @@ def test_donation_and_budget_together(problem):
         loss, grads = nf.value_and_grad(stack)(params, x)
         return torch.utils._pytree.tree_map(lambda p, g: p - 0.1 * g, params, grads), loss
 
-    expected, _ = compiled(step, params, x)
-    held = nf.jit(step, donate=0, memory_budget="7MB")
+    expected, free = compiled(step, params, x)
+    held = nf.jit(step, donate=0, memory_budget=int(0.8 * peak(free)))
     found = held(torch.utils._pytree.tree_map(torch.clone, params), x)
     for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found)):
         assert torch.equal(a, b)
+
+
+OPERATIONS = {
+    "norm": lambda x, w: F.layer_norm(x, (WIDTH,)),
+    "product": lambda x, w: x @ w,
+    "residual": lambda x, w: x + F.gelu(x @ w),
+    "gate": lambda x, w: F.silu(x) * (x @ w),
+    "softmax": lambda x, w: x.softmax(-1),
+    "mean": lambda x, w: x - x.mean(0),
+    "cumulated": lambda x, w: x + x.cumsum(0) * 0.01,
+}
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=3, max_size=12), st.lists(st.floats(0.2, 1), min_size=2, max_size=4))
+def test_a_smaller_budget_never_gives_a_larger_peak(names, shares):
+    generator = torch.Generator().manual_seed(len(names))
+    weights = [torch.randn(WIDTH, WIDTH, generator=generator) * 0.1 for _ in names]
+    x = torch.randn(128, WIDTH, generator=generator)
+
+    def loss(weights):
+        y = x
+        for name, w in zip(names, weights):
+            y = OPERATIONS[name](y, w)
+        return y.square().mean()
+
+    f = nf.value_and_grad(loss)
+    expected, free = compiled(f, weights)
+    before, smallest = peak(free), 0
+    for budget in sorted((int(share * peak(free)) for share in shares), reverse=True):
+        try:
+            found, held = compiled(f, weights, budget=budget)
+        except MemoryBudgetError as e:
+            smallest = int(re.search(r"at least memory_budget=(\d+)", str(e)).group(1))
+            assert budget < smallest
+            found, held = compiled(f, weights, budget=smallest)
+            assert peak(held) == smallest
+        assert peak(held) <= max(budget, smallest) and peak(held) <= before
+        before = peak(held)
+        # A part of a group may be rounded in other places than the whole was: products and sums are contracted.
+        for a, b in zip(*map(torch.utils._pytree.tree_leaves, (expected, found))):
+            assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+GPT_STEP = """
+import torch
+import neuralforge as nf
+from neuralforge.bench import peak_resident_bytes, reset_peak, resident_bytes
+from neuralforge.models import ModelConfig, build, next_token_loss
+
+config = ModelConfig("gpt2", 2048, 256, 256, 4, 4, 4, 1024, tie_embeddings=False)
+model, optimizer = build(config, 0), nf.optim.adamw(1e-3)
+
+def loss_fn(params, tokens):
+    return next_token_loss(torch.func.functional_call(model, params, (tokens[:, :-1],)), tokens[:, 1:])
+
+@nf.jit(donate=0)
+def step(state, tokens):
+    loss, grads = nf.value_and_grad(loss_fn)(state["params"], tokens)
+    grads, _ = nf.optim.clip_gradients(grads, 1.0)
+    updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["params"])
+    return {"params": nf.optim.apply_updates(state["params"], updates), "optimizer": optimizer_state}, loss
+
+params = {name: p.detach() for name, p in model.named_parameters()}
+state = {"params": params, "optimizer": optimizer.init(params)}
+small, large = torch.randint(0, 2048, (1, 257)), torch.randint(0, 2048, (24, 257))
+state, _ = step(state, small)  # loads libraries
+program, _ = step.lookup((state, large), {})
+before = resident_bytes()
+reset_peak()
+step(state, large)
+print(program.program.plan.peak_bytes, peak_resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is measured on Linux only")
+def test_the_planned_peak_is_near_the_measured_one():
+    """Of a real training step in a process of its own, beyond what the process holds when the step begins. What libraries
+    allocate within their calls, and holes in malloc's heap, are not in the plan."""
+    done = subprocess.run([sys.executable, "-c", GPT_STEP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    planned, measured = map(int, done.stdout.split())
+    assert planned > 100e6
+    assert abs(planned - measured) < 0.2 * measured

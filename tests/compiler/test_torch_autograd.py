@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.errors import CaptureError
+from neuralforge.errors import CaptureError, DifferentiationError
 
 
 def test_gradients_flow_through_a_jitted_layer():
@@ -56,11 +56,43 @@ def test_only_what_requires_grad_gets_it():
     assert not f(b, b).requires_grad
 
 
-def test_a_second_derivative_is_refused():
-    x = torch.randn(3, requires_grad=True)
+def test_derivatives_of_any_order():
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    x, w = make(2, 3), make(3, 2)
+    jitted = nf.jit(lambda x, w: (torch.tanh(x @ w), x.sin() * w.sum()))
+    assert torch.autograd.gradcheck(jitted, (x, w)) and torch.autograd.gradgradcheck(jitted, (x, w))
     (g,) = torch.autograd.grad(nf.jit(torch.sin)(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        torch.autograd.grad(g.sum(), x)
+    (h,) = torch.autograd.grad(g.sum(), x, create_graph=True)
+    (third,) = torch.autograd.grad(h.sum(), x)
+    assert torch.allclose(third, -x.cos())
+
+
+def test_second_derivatives_of_a_modules_own_parameters():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = []
+    for f in (module, nf.jit(module)):
+        grads = torch.autograd.grad(f(x).pow(4).sum(), list(module.parameters()), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), list(module.parameters())))
+    for ours, theirs in zip(*found):
+        assert torch.allclose(ours, theirs)
+
+
+def test_attention_which_torch_itself_cannot_differentiate_twice():
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    attend = lambda q: F.scaled_dot_product_attention(q, q * 2, q.sin(), is_causal=True).square().sum()
+    (g,) = torch.autograd.grad(nf.jit(attend)(q), q, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), q)
+    assert torch.allclose(h, nf.grad(lambda q: nf.grad(attend)(q).sum())(q))
+
+
+def test_a_second_derivative_of_random_numbers_is_refused():
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(DifferentiationError, match="draws random numbers"):
+        torch.autograd.grad(nf.jit(lambda x: F.dropout(x.exp()).sum())(x), x, create_graph=True)
 
 
 def test_in_place_writes_are_refused():
@@ -95,3 +127,17 @@ def test_unfreezing_a_parameter_compiles_anew():
     module.weight.requires_grad_(True)
     jitted(x).sum().backward()
     assert torch.allclose(module.weight.grad, x.sum(0).expand(3, 3))
+
+
+def test_cotangents_of_any_layout():
+    torch.manual_seed(0)
+    f = lambda x: (x.sin() * x).tanh()
+    jitted, x, d = nf.jit(f), torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    layouts = [torch.randn(6, 5), torch.randn(5, 6).t(), torch.randn(5).expand(6, 5), torch.randn(12, 10)[::2, ::2]]
+    for g in layouts:
+        found = []
+        for function in (jitted, f):
+            first = torch.autograd.grad(function(x), x, g, create_graph=True)[0]
+            found.append((torch.autograd.grad(function(x), x, g)[0], first, torch.autograd.grad(first, x, d)[0]))
+        for ours, theirs in zip(*found):
+            assert torch.allclose(ours, theirs, atol=1e-5)

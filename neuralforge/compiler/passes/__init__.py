@@ -1,8 +1,20 @@
 """Passes: functions from graph to graph."""
 
+from .attention import attention
 from .constants import fold_constants
 from .layout import transpose_products
-from .loss_head import claim_cross_entropy
+from .losses import negative_log_likelihood, picked_log_softmax, picked_logits
+from .patterns import applied
+from .rotary import rotary
 from .simplify import common_subexpressions, dead_code, simplify
+from .softmax import log_softmax_by_hand, softmax_by_hand
 
-__all__ = ["claim_cross_entropy", "common_subexpressions", "dead_code", "fold_constants", "simplify", "transpose_products"]
+rewrite_patterns = applied(
+    softmax_by_hand, log_softmax_by_hand, attention, rotary, negative_log_likelihood, picked_log_softmax, picked_logits
+)
+"""In this order: what one rule writes, the next may match."""
+
+__all__ = [
+    "common_subexpressions", "dead_code", "fold_constants", "rewrite_patterns", "simplify",
+    "transpose_products",
+]  # fmt: skip

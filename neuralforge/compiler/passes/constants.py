@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...graph.ir import Equation, Graph, Value, substitute
-from .simplify import is_random
+from ...graph.operators import is_random
 
 aten = torch.ops.aten
 

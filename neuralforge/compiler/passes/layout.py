@@ -2,45 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
 
 aten = torch.ops.aten
+_BY_STORAGE = {aten.as_strided, aten.as_strided_scatter, aten.as_strided_copy}
 
 
 def transpose_products(graph: Graph) -> Graph:
     """(A B)^T, where only the transpose is used, is B^T A^T: the result is then contiguous as it is read. Weight
-    gradients come out this way, and everything elementwise after them runs along rows."""
+    gradients come out this way, and everything elementwise after them runs along rows. The product may be converted to
+    another type in between."""
     users = graph.users()
     results = set(leaves(graph.outputs))
-    products = {eq.outputs: eq for eq in graph.equations if eq.op is aten.mm.default}
+    producers = graph.producers()
+
+    def only(v: Value, op: Any) -> Equation | None:
+        """The equation that makes `v`, if it is by `op` and the result is used once."""
+        eq = producers.get(v)
+        return eq if eq is not None and eq.op is op and len(users[v]) == 1 and v not in results else None
+
     builder = Builder(graph)
     env: dict[Value, Value] = {}
     try:
         for eq in graph.equations:
-            product = products.get(eq.args[0]) if eq.args and is_transpose(eq) else None
-            if product is not None and len(users[product.outputs]) == 1 and product.outputs not in results:
+            copy = only(eq.args[0], aten._to_copy.default) if is_transpose(eq) else None
+            product = only(copy.args[0] if copy is not None else eq.args[0], aten.mm.default) if is_transpose(eq) else None
+            if product is not None:
                 a, b = substitute(product.args, env)
                 made = {"source": product.source, "origin": product.origin or "transpose_products"}
                 right, left = builder.emit(aten.t.default, b, **made), builder.emit(aten.t.default, a, **made)
-                env[eq.outputs] = builder.emit(aten.mm.default, right, left, **made)
-            elif any(v in env for v in eq.inputs):
-                _follow(eq, env, builder)
+                new = builder.emit(aten.mm.default, right, left, **made)
+                if copy is not None:
+                    made = {"source": copy.source, "origin": copy.origin or "transpose_products"}
+                    new = builder.emit(aten._to_copy.default, new, **made, **copy.kwargs)
+                env[eq.outputs] = new
             else:
-                builder.equations.append(eq)
-    except RuntimeError:  # an operator that can't take the new layout, such as a view: leave all as it was
+                follow(eq, env, builder)
+    except (RuntimeError, ValueError):  # an operator that can't take the new layout: leave all as it was
         return graph
     return graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env))
 
 
-def _follow(eq: Equation, env: dict[Value, Value], builder: Builder) -> None:
-    """Emit an equation whose operands changed layout; the layouts of its results may change in turn."""
+def follow(eq: Equation, env: dict[Value, Value], builder: Builder) -> None:
+    """Emit an equation whose operands may have been replaced, by others of other layouts; the layouts of its results
+    may change in turn, and `env` learns of those."""
+    if not any(v in env for v in eq.inputs):
+        builder.equations.append(eq)
+        return
     args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
-    new = builder.emit(eq.op, *args, source=eq.source, origin=eq.origin, **kwargs)
+    made = {"source": eq.source, "origin": eq.origin}
+    packet = getattr(eq.op, "overloadpacket", None)
+    if packet in _BY_STORAGE and args[0].strides != eq.args[0].strides:
+        raise RuntimeError(f"{eq.name} depends on the layout of its operand")
+    try:
+        new = builder.emit(eq.op, *args, **made, **kwargs)
+    except (RuntimeError, ValueError):
+        if packet not in (aten.view, aten._unsafe_view):
+            raise
+        copy = builder.emit(aten.clone.default, args[0], memory_format=torch.contiguous_format, **made)
+        new = builder.emit(aten.view.default, copy, *args[1:], **made, **kwargs)
     if all(old.strides == v.strides for old, v in zip(eq.results, leaves(new))):
-        builder.equations[-1] = Equation(eq.op, args, kwargs, eq.outputs, eq.source, eq.origin)
+        last = builder.equations[-1]
+        builder.equations[-1] = Equation(last.op, last.args, kwargs, eq.outputs, eq.source, eq.origin)
     else:
         env.update(zip(eq.results, leaves(new)))
 

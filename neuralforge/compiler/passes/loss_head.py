@@ -1,97 +1,163 @@
-"""The loss head: log-softmax and negative log-likelihood, with their backward pass, as one kernel each way."""
+"""The loss head: a linear layer whose outputs only a cross entropy reads, rows of logits at a time.
+
+The gradients are made together with the losses, so that nothing is computed twice: where `join_losses` found the gradient
+of the logits to need no losses, or nobody reads it. Else the head is left alone.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 
 from ...graph.builder import Builder
-from ...graph.ir import Equation, Graph, Value, leaves, substitute
-from ...kernels import cross_entropy as kernel
+from ...graph.ir import Equation, Graph, Value, substitute
+from ...kernels import linear_cross_entropy as kernel
+from .narrow import converts
+from .patterns import Program
+from .rewrites import make, refuse
 
-aten = torch.ops.aten
-MEAN = 1
+aten, own = torch.ops.aten, torch.ops.neuralforge
+LOSSES, TOGETHER = own.cross_entropy.default, own.cross_entropy_with_gradient.default
+SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 28}
+"""Bytes of logits below which they stay in memory: products of few rows take longer, above all where products are fast. Logits of
+other types always do."""
 
 
-def claim_cross_entropy(graph: Graph) -> Graph:
-    """Mean cross entropy over the rows of a float32 matrix, found by its operators:
-
-        p = _log_softmax(x, 1);  loss, n = nll_loss_forward(p, target);
-        dx = _log_softmax_backward_data(nll_loss_backward(g, p, target, n), p, 1)
-
-    becomes `neuralforge.cross_entropy` and, if there is a backward pass, `neuralforge.cross_entropy_backward`. The
-    log-probabilities and their gradient, each as large as the logits, never exist.
-    """
-    users = graph.users()
-    outputs = set(leaves(graph.outputs))
-    heads = [head for eq in graph.equations if (head := _match(eq, users, outputs)) is not None]
-    if not heads:
-        return graph
-    start = {head.softmax: head for head in heads}
-    end = {head.softmax_backward: head for head in heads if head.softmax_backward is not None}
-    dropped = {eq for head in heads for eq in head.equations}
-    builder = Builder(graph)
-    env: dict[Value, Value] = {}
+def chunk_loss_heads(graph: Graph) -> Graph:
+    """Replace loss heads by neuralforge::linear_cross_entropy, or its form with gradients."""
     for eq in graph.equations:
-        if eq in start:
-            head = start[eq]
-            made = {"source": head.nll.source, "origin": "claim_cross_entropy"}
-            head.values = builder.emit(
-                torch.ops.neuralforge.cross_entropy.default, *substitute((head.logits, head.target, head.ignore), env), **made
-            )
-            loss, _, count = head.values
-            env.update(zip(head.nll.outputs, (loss, count)))
-        elif eq in end:
-            head = end[eq]
-            _, lse, count = head.values
-            arguments = (head.nll_backward.args[0], head.logits, head.target, lse, count, head.ignore)
-            made = {"source": eq.source, "origin": "claim_cross_entropy"}
-            op = torch.ops.neuralforge.cross_entropy_backward.default
-            env[eq.outputs] = builder.emit(op, *substitute(arguments, env), **made)
-        elif eq not in dropped:
-            builder.equations.append(
-                Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
-            )
-    return graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env))
+        if eq.op in (LOSSES, TOGETHER):
+            program = Program(graph)
+            head = _find(program, eq)
+            if head is not None and make("chunk_loss_heads", eq.source, head.reason):
+                graph = _replaced(graph, head)
+    return graph
 
 
+@dataclass
 class _Head:
-    """The equations of one cross entropy."""
-
-    def __init__(self, softmax: Equation, nll: Equation):
-        self.softmax, self.nll = softmax, nll
-        self.nll_backward: Equation | None = None
-        self.softmax_backward: Equation | None = None
-        self.logits, self.target, self.ignore = softmax.args[0], nll.args[1], nll.args[4]
+    product: Equation
+    loss: Equation
+    gradient: Value | None
+    """Of the logits."""
+    dx: list[Equation]
+    dw: list[tuple[Equation, bool]]
+    """With whether it is the transpose of the weight's gradient."""
+    db: list[Equation]
+    views: list[Equation]
+    """Of the logits' gradient."""
+    wide: list[Equation]
+    """The conversions of the weight's gradients to float32, where nothing else reads them."""
+    reason: str
 
     @property
-    def equations(self) -> list[Equation]:
-        return [eq for eq in (self.softmax, self.nll, self.nll_backward, self.softmax_backward) if eq is not None]
+    def gone(self) -> set[Equation]:
+        return {self.product, self.loss, *self.views, *self.dx, *self.db, *(eq for eq, _ in self.dw), *self.wide}
 
 
-def _match(eq: Equation, users: dict[Value, list[Equation]], outputs: set[Value]) -> _Head | None:
-    if eq.op is not aten._log_softmax.default:
+def _find(program: Program, loss: Equation) -> _Head | None:
+    logits, gradient = (loss.args[0], None) if loss.op is LOSSES else (loss.args[1], loss.outputs[2])
+    product = program.producers.get(logits)
+    if product is None or product.op not in (aten.mm.default, aten.addmm.default) or product.kwargs:
         return None
-    x = eq.args[0]
-    rows = x.fake.dim() == 2 and eq.args[1] in (1, -1) and x.fake.is_contiguous() and x.fake.numel() > 0
-    if not rows or x.dtype != torch.float32 or x.device.type != "cpu" or not kernel.available():
+    x, wt = product.args[-2:]
+    bias = product.args[0] if product.op is aten.addmm.default else None
+    rows, classes = logits.shape
+    at_once = kernel.rows_at_once(rows, logits.dtype)
+    if logits.nbytes < SMALL.get(logits.dtype, math.inf) or at_once == rows or logits in program.results:
         return None
-    by_op: dict[object, list[Equation]] = {}
-    for user in users.get(eq.outputs, []):
-        by_op.setdefault(user.op, []).append(user)
-    forwards = by_op.pop(aten.nll_loss_forward.default, [])
-    backwards = by_op.pop(aten.nll_loss_backward.default, [])
-    lasts = by_op.pop(aten._log_softmax_backward_data.default, [])
-    if by_op or len(forwards) != 1 or len(backwards) != len(lasts) or len(lasts) > 1 or eq.outputs in outputs:
+    if loss.op is TOGETHER and loss.args[3] is not None or bias is not None and tuple(bias.shape) != (logits.shape[1],):
         return None
-    head = _Head(eq, forwards[0])
-    target, weight, reduction = head.nll.args[1:4]
-    if weight is not None or reduction != MEAN or target.dtype != torch.int64 or target.fake.dim() != 1:
+    readers = [eq.name for eq in program.users[logits] if eq is not loss]
+    if readers:
+        refuse("chunk_loss_heads", loss.source, f"the logits are also read by {', '.join(readers)}")
         return None
-    if lasts:
-        backward, last = backwards[0], lasts[0]
-        chained = last.args[0] is backward.outputs and users[backward.outputs] == [last]
-        same = backward.args[2:6] == (target, None, MEAN, head.ignore) and last.args[1] is eq.outputs
-        if not chained or not same or backward.outputs in outputs or last.outputs.dtype != torch.float32:
-            return None
-        head.nll_backward, head.softmax_backward = backward, last
+    reason = f"{rows} rows of {classes}, {at_once} at a time" + (", with gradients" if gradient else "")
+    head = _Head(product, loss, gradient, [], [], [], [], [], reason)
+    if gradient is not None and not _readers(program, head, gradient, gradient, x, wt):
+        refuse("chunk_loss_heads", loss.source, "the gradient of the logits is read by others than the linear layer's")
+        return None
+    narrow = [eq.outputs for eq, _ in head.dw if eq.outputs.dtype != torch.float32]
+    readers = [reader for v in narrow for reader in program.users.get(v, ())]
+    if not program.results & set(narrow) and all(converts(eq, torch.float32) for eq in readers):
+        head.wide = readers
+    # Gradients of weights in bfloat16 are summed up in float32.
+    with x.fake.fake_mode:
+        needed = kernel.scratch_bytes(x.fake, wt.fake.t(), gradient is None or bool(head.wide))
+    if needed > 0.75 * logits.nbytes:
+        refuse("chunk_loss_heads", loss.source, f"it would need {needed} bytes in place of the logits' {logits.nbytes}")
+        return None
     return head
+
+
+def _readers(program: Program, head: _Head, v: Value, g: Value, x: Value, wt: Value) -> bool:
+    """Sort the readers of `v`, the logits' gradient `g` or its transpose; False if one is none of the linear layer's."""
+    if v in program.results:
+        return False
+    whole = program.trace(g)[1]
+    straight = lambda a, b: program.trace(a) == program.trace(b)
+    turned = lambda a, b: (lambda p, q: p[0] is q[0] and tuple(p[1]) == tuple(q[1])[::-1])(program.trace(a), program.trace(b))
+    for eq in program.users.get(v, ()):
+        if eq.op is aten.mm.default and eq.args[0] is v and straight(v, g) and turned(eq.args[1], wt):
+            head.dx.append(eq)
+        elif eq.op is aten.mm.default and eq.args[0] is v and turned(v, g) and straight(eq.args[1], x):
+            head.dw.append((eq, False))
+        elif eq.op is aten.mm.default and eq.args[1] is v and straight(v, g) and turned(eq.args[0], x):
+            head.dw.append((eq, True))
+        elif eq.op is aten.sum.dim_IntList and straight(v, g) and _of_rows(eq, head):
+            head.db.append(eq)
+        elif program.trace(eq.results[0])[0] is program.trace(g)[0] and tuple(program.trace(eq.results[0])[1]) in (
+            tuple(whole), tuple(whole)[::-1],
+        ):  # fmt: skip
+            head.views.append(eq)
+            if not _readers(program, head, eq.outputs, g, x, wt):
+                return False
+        else:
+            return False
+    return True
+
+
+def _of_rows(eq: Equation, head: _Head) -> bool:
+    """The gradient of the bias?"""
+    return head.product.op is aten.addmm.default and list(eq.args[1]) in ([0], [-2]) and not eq.kwargs
+
+
+def _replaced(graph: Graph, head: _Head) -> Graph:
+    builder, gone = Builder(graph), head.gone
+    x, wt = head.product.args[-2:]
+    bias = head.product.args[0] if head.product.op is aten.addmm.default else None
+    made = {"source": head.loss.source, "origin": "chunk_loss_heads"}
+    env: dict[Value, Value] = {}
+    for eq in graph.equations:
+        if eq is not head.loss:
+            if eq not in gone:
+                builder.equations.append(eq)
+            continue
+        weight = builder.emit(aten.t.default, wt, **made)
+        if head.gradient is None:
+            _, target, ignore = (*eq.args, -100)[:3]
+            found = builder.emit(own.linear_cross_entropy.default, x, weight, target, bias, ignore, **made)
+        else:
+            grad, _, target, _, ignore = eq.args
+            op = own.linear_cross_entropy_with_gradients.default
+            *found, dx, dw, db = builder.emit(op, grad, x, weight, target, bias, ignore, bool(head.wide), **made)
+        env.update(zip(eq.results, found))
+        for old in head.dx:
+            env[old.outputs] = dx
+        for old, turned in head.dw:
+            new = builder.emit(aten.t.default, dw, **made) if turned else dw
+            if new.strides != old.outputs.strides:
+                new = builder.emit(aten.clone.default, new, memory_format=torch.contiguous_format, **made)
+            env[old.outputs] = new
+            env.update((eq.outputs, new) for eq in head.wide if eq.args[0] is old.outputs)
+        for old in head.db:
+            env[old.outputs] = builder.emit(aten.view.default, db, list(old.outputs.shape), **made)
+    equations = [
+        Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+        if any(v in env for v in eq.inputs)
+        else eq
+        for eq in builder.equations
+    ]
+    return graph.replace(equations=equations, outputs=[env.get(v, v) if isinstance(v, Value) else v for v in graph.outputs])

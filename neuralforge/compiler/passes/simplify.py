@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.operators import draws, is_random
 
 aten = torch.ops.aten
 
 
 def dead_code(graph: Graph) -> Graph:
-    """Drop equations none of whose results is used."""
+    """Drop equations none of whose results is used, but none that advances torch's generator of random numbers."""
     used = set(leaves(graph.outputs))
     kept = []
     for eq in reversed(graph.equations):
-        if any(v in used for v in eq.results):
+        if any(v in used for v in eq.results) or draws(eq.op, eq.args, eq.kwargs):
             used.update(eq.inputs)
             kept.append(eq)
     constants = {v: t for v, t in graph.constants.items() if v in used}
@@ -140,10 +141,6 @@ def rewrite(graph: Graph, fn: Callable[[Equation], Any]) -> Graph:
         else:
             env.update(zip(leaves(eq.outputs), leaves(replacement)))
     return graph.replace(equations=kept, outputs=substitute(graph.outputs, env))
-
-
-def is_random(op: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
 def _key(tree: Any) -> Any:

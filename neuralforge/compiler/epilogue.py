@@ -1,0 +1,173 @@
+"""Products with epilogues: a fused group that reads a matrix product runs on its tiles while they are in the cache.
+
+The product is then computed by our kernel, which calls the group's code for each finished tile. It is in memory as a
+whole only if something else reads it too. That is worth the difference where another kernel is a little faster: what a
+pass over the result takes was timed together with the candidates (`products.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..errors import KernelError
+from ..graph import verify
+from ..graph.ir import Equation, Graph, Value, leaves, substitute
+from ..kernels import matmul
+from .codegen import epilogue_source, functions, sizes_and_strides
+from .fuse import LOOKED_THROUGH, Fused
+from .kernels import Kernel
+from .layout import Layout
+from .passes.rewrites import make
+from .products import Products, product_operands
+from .space import contiguous, refine
+
+aten = torch.ops.aten
+
+KEPT = 1 / 3
+"""What is saved where the product is written to memory all the same, as a share of the time to copy it: reading it."""
+
+
+class Product:
+    """The operator of a matrix product and the group that reads it: called, it interprets `graph`. `part` is the group,
+    whose first input is the product."""
+
+    def __init__(self, product: Equation, part: Graph, group: Fused):
+        self.part, self.product = part, product
+        self.name = f"product_{group.name}"
+        self.why = f"the product's epilogue: {group.why}"
+        tile, *others = part.inputs
+        result = Value(f"{tile.name}_whole", product.outputs.fake)
+        whole = Equation(product.op, product.args, product.kwargs, result, product.source, product.origin)
+        seen = Equation(aten.view.default, (result, list(tile.shape)), {}, tile)
+        inputs = list(dict.fromkeys([*product.inputs, *others]))
+        self.graph = Graph(inputs=inputs, equations=[whole, seen, *part.equations], outputs=part.outputs)
+        self.layout = Layout(part, columns=product.outputs.shape[1])
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple:
+        return tuple(self.graph(*tensors))
+
+    @property
+    def tile(self) -> int | None:
+        """Which operand of the layout the product is, if it is read once and as it lies."""
+        places = [i for i, (v, _) in enumerate(self.layout.operands) if v is self.part.inputs[0]]
+        expected, size = [], 1
+        for n in reversed(self.layout.sizes):
+            expected.insert(0, size)
+            size *= n
+        rows = len(places) == 1 and list(self.layout.operands[places[0]][1]) == expected
+        return places[0] if rows and size == self.product.outputs.fake.numel() else None
+
+    def may_overwrite(self, output: Value, operand: Value) -> bool:
+        """Other tiles still need the product's operands."""
+        alone = operand not in self.product.inputs and operand in self.part.inputs
+        return alone and self.layout.may_overwrite(output, operand)
+
+    def bind(self, function: ctypes._CFuncPtr) -> Kernel:
+        """The kernel, given the compiled `epilogue_source`."""
+        a, b, bias = product_operands(self.product)
+        inputs, outputs = self.graph.inputs, self.part.outputs
+        sizes = sizes_and_strides(self.layout)
+        sizes, numbers = (ctypes.c_long * len(sizes))(*sizes), matmul.layout(a.fake, b.fake, None)
+        at = {v: i for i, v in enumerate([*inputs, *outputs])}
+        read = [at.get(v) for v, _ in self.layout.operands] + [at[r.value] for r in self.layout.results]
+        own = [at[a], at[b], None if bias is None else at[bias]]
+        pointers, operands = ctypes.c_void_p * len(read), ctypes.c_void_p * 3
+        core, blocks = ctypes.cast(matmul.entry(a.dtype), ctypes.c_void_p), matmul.blocks(a.shape[0], a.dtype)
+        function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_long], None
+        expected = [(tuple(v.shape), tuple(v.strides)) for v in inputs]
+
+        def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
+            inputs = tuple(
+                t if (tuple(t.shape), t.stride()) == e else torch.empty_strided(*e, dtype=t.dtype).copy_(t)
+                for t, e in zip(inputs, expected)
+            )
+            where = [t.data_ptr() for t in (*inputs, *outputs)]
+            find = lambda places: [None if i is None else where[i] for i in places]
+            function(pointers(*find(read)), sizes, core, operands(*find(own)), numbers, blocks)
+
+        return Kernel(run, self.may_overwrite)
+
+
+def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:
+    """Products and the groups that read them joined, where that is worth it; and the kernels of these equations.
+    `products` tells what that costs and saves."""
+    position = {eq: i for i, eq in enumerate(graph.equations)}
+    users, results = graph.users(), set(leaves(graph.outputs))
+    joined: dict[int, list[Equation]] = {}  # at the group's position, what is there instead
+    gone: set[Equation] = set()
+    for product in [eq for eq in graph.equations if eq in products.extra and eq.outputs.fake.dim() == 2]:
+        views = _views(product.outputs, users)
+        seen = {product.outputs, *(view.outputs for view in views)}
+        readers = sorted(
+            ((position[eq], v, eq) for v in seen for eq in users.get(v, []) if eq not in views), key=lambda reader: reader[0]
+        )
+        if not readers or product in gone:
+            continue
+        at, read, group = readers[0]
+        kept = len(readers) > 1 or not seen.isdisjoint(results)
+        if group in gone or any(eq is group for _, _, eq in readers[1:]):
+            continue
+        op = _combined(product, group, read, kept)
+        if op is None or products.extra[product] > products.copy[product] * (KEPT if kept else 1):
+            continue
+        if not make("epilogue", group.source, op.why):
+            continue
+        joined[at] = [Equation(op, tuple(op.graph.inputs), {}, tuple(op.part.outputs), group.source, "join_epilogues")]
+        if kept:  # the group gives what it reads; the product is a view of that, and its other views follow
+            if read is not product.outputs:
+                shape = list(product.outputs.shape)
+                joined[at].append(Equation(aten.view.default, (read, shape), {}, product.outputs, product.source, "join_epilogues"))
+            joined[at] += [view for view in views if view.outputs is not read]
+        gone |= {product, group, *views}
+    try:
+        code = {eq: epilogue_source(eq.op.layout, eq.op.tile) for eq, *_ in joined.values()}
+        built = functions(code.values())
+    except KernelError:  # the groups' own kernels couldn't be built either, and that has been said
+        return graph, {}
+    equations: list[Equation] = []
+    for i, eq in enumerate(graph.equations):
+        if i in joined:
+            equations += joined[i]
+        elif eq not in gone:
+            equations.append(eq)
+    return verify(graph.replace(equations=equations)), {eq: eq.op.bind(built[text]) for eq, text in code.items()}
+
+
+def _views(v: Value, users: dict[Value, list[Equation]]) -> list[Equation]:
+    """The views of all of `v`, and of those, in their order."""
+    found = []
+    for eq in users.get(v, []):
+        if eq.op in LOOKED_THROUGH and isinstance(eq.outputs, Value) and eq.outputs.fake.numel() == v.fake.numel():
+            found += [eq, *_views(eq.outputs, users)]
+    return found
+
+
+def _combined(product: Equation, group: Equation, read: Value, kept: bool) -> Product | None:
+    """The two as one operator, which also gives the product, as it was `read`, if it is `kept`. None if the group
+    doesn't run along the rows of the product."""
+    if not isinstance(group.op, Fused) or len(group.op.parts) != 1 or not contiguous(product.outputs) or not contiguous(read):
+        return None
+    part, layout = group.op.parts[0], group.op.layouts[0]
+    rows, columns = product.outputs.shape
+    if layout.columns not in (None, columns) or layout.sizes[-1] % columns or any(r.kind == "all" for r in layout.results):
+        return None
+    whole_rows = any(n.fold for n in layout.nodes) or any(r.kind == "row" for r in layout.results)
+    if refine([columns], layout.cuts) is None or whole_rows and columns > matmul.most_columns(product.outputs.dtype):
+        return None
+    inner = part.inputs[group.args.index(read)]
+    tile = Value(f"{inner.name}_tile", inner.fake)
+    env = {inner: tile}
+    if kept:
+        equations = [Equation(aten.clone.default, (tile,), {}, inner, product.source), *part.equations]
+        outputs = [inner, *part.outputs]
+    else:
+        equations = [
+            Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+            for eq in part.equations
+        ]
+        outputs = list(part.outputs)
+    others = [v for v in part.inputs if v is not inner]
+    op = Product(product, Graph(inputs=[tile, *others], equations=equations, outputs=outputs), group.op)
+    return op if op.tile is not None and rows else None

@@ -1,0 +1,317 @@
+"""Attention written out in products, masks and a softmax: flash attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...graph.ir import Equation, Value
+from ...kernels import attention as kernel
+from .patterns import Match, Program
+from .views import Dims, Run, arrange, compose, inverse, natural, regroup, size, viewed
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.baddbmm.default}
+HIDDEN = -1e4
+"""A score replaced by this or less has a weight of 0, unless all of its row are."""
+
+
+def attention(program: Program) -> Iterator[Match]:
+    """softmax(scale q k^T + mask) v, in any of the ways it is written: by `@`, `einsum`, `bmm` or `baddbmm`; scaled by
+    multiplication or division; masked by `masked_fill`, `where` or addition, before scaling or after; the softmax in a
+    wider dtype; heads of keys repeated for groups of queries."""
+    for eq in program.graph.equations:
+        if eq.op is aten._softmax.default and eq.args[1] in (-1, eq.outputs.fake.dim() - 1):
+            for product, dims in _weighted(program, eq.outputs, natural(eq.outputs.shape)):
+                found = _match(program, eq, product, dims)
+                if found is not None:
+                    yield found
+
+
+@dataclass
+class Scores:
+    """From the softmax up to the product: `dims` tells where its places are in the product's result."""
+
+    product: Equation
+    dims: Dims
+    scale: float = 1.0
+    masks: list[tuple[Any, Any, float]] = field(default_factory=list)
+    """(condition, fill, factor) where scores are replaced by `fill`, or (addend, None, factor); both times the factor."""
+
+
+def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> Scores | None:
+    """The scores `v`, of which `dims` is a view and which are multiplied by `scale` further down."""
+    eq = program.producers.get(v) if isinstance(v, Value) else None
+    if eq is None or dims is None:
+        return None
+    up = lambda x, factor=1.0: _scores(program, x, dims, scale * factor)
+    through = viewed(eq)
+    if through is not None:
+        return _scores(program, eq.args[0], compose(dims, through, v.shape), scale)
+    if eq.op in PRODUCTS:
+        found = Scores(eq, dims, scale)
+        if eq.op is aten.baddbmm.default:
+            found.masks.append((eq.args[0], None, scale * eq.kwargs.get("beta", 1)))
+            found.scale *= eq.kwargs.get("alpha", 1)
+        return found if _whole(dims, v) or not found.masks else None
+    if eq.op is aten._to_copy.default:
+        return up(eq.args[0]) if v.dtype.is_floating_point and eq.args[0].dtype.is_floating_point else None
+    if eq.op in (aten.mul.Tensor, aten.div.Tensor):
+        for x, factor in (eq.args, eq.args[::-1]):
+            number = factor
+            if isinstance(factor, Value):
+                number = program.literal(factor) if factor.fake.numel() == 1 else None
+            if number is not None and (eq.op is aten.mul.Tensor or factor is eq.args[1]):
+                number = float(number)
+                return up(x, number if eq.op is aten.mul.Tensor else 1 / number if number else math.nan)
+        return None
+    for x, mask, fill in _masks(eq):
+        found = up(x) if isinstance(x, Value) and x.shape == v.shape and _whole(dims, v) else None
+        if found is not None:
+            found.masks.append((mask, fill, scale))
+            return found
+    return None
+
+
+def _masks(eq: Equation) -> list[tuple[Any, Any, Any]]:
+    """Scores, mask (or (mask, True): its negation), and what replaces them where it is true (None: it is added)."""
+    if eq.op in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return [eq.args]
+    if eq.op is aten.where.self:
+        condition, x, y = eq.args
+        return [(x, (condition, True), y), (y, condition, x)]
+    if eq.op is aten.add.Tensor and not eq.kwargs:
+        x, y = eq.args
+        return [(x, y, None), (y, x, None)] if isinstance(y, Value) else []
+    return []
+
+
+def _whole(dims: Dims, v: Value) -> bool:
+    """Do `dims` show `v`, of shape [..., T, S], with other leading dimensions at most?"""
+    last = tuple(v.shape)[-2:]
+    return len(dims) >= 2 and regroup(dims, (-(-v.fake.numel() // math.prod(last)), *last)) == regroup(
+        natural(v.shape), (-(-v.fake.numel() // math.prod(last)), *last)
+    )
+
+
+def _weighted(program: Program, v: Value, dims: Dims | None) -> Iterator[tuple[Equation, Dims]]:
+    """The products whose left operand is a view `dims` of the weights, reached through `v`."""
+    for eq in program.users.get(v, ()):
+        through = viewed(eq)
+        if through is not None:
+            yield from _weighted(program, eq.outputs, compose(through, dims, v.shape))
+        elif eq.op is aten._to_copy.default and eq.outputs.dtype.is_floating_point:
+            yield from _weighted(program, eq.outputs, dims)
+        elif eq.op in (aten.mm.default, aten.bmm.default) and eq.args[0] is v and dims is not None:
+            yield eq, dims
+
+
+def _result(program: Program, v: Value) -> tuple[Value, Dims]:
+    """The last view of a product's result that everybody reads it through."""
+    dims = natural(v.shape)
+    while v not in program.results and len(users := program.users.get(v, ())) == 1:
+        through = viewed(users[0])
+        further = compose(through, dims, v.shape)
+        if further is None or any(run.axis is None for dim in further for run in dim):
+            break
+        v, dims = users[0].outputs, further
+    return v, dims
+
+
+def _batched(v: Value, dims: Dims) -> Dims:
+    """An operand of mm as one of bmm."""
+    return dims if len(dims) == 3 else ((), *dims)
+
+
+def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims) -> Match | None:
+    p = softmax.outputs
+    last = len(p.shape) - 1
+    scores = _scores(program, softmax.args[0], natural(p.shape))
+    if scores is None or last < 1 or not scores.scale > 0 or not math.isfinite(scores.scale):
+        return None
+    # The weights [..., T, S] in terms of the products [N, M, S] and [N, M, K].
+    left, right = scores.product.args[-2:]
+    shape = (1, *scores.product.outputs.shape)[-3:]
+    where = tuple(tuple(run._replace(axis=run.axis + 3 - left.fake.dim()) for run in dim) for dim in scores.dims)
+    back = inverse(_batched(weighted.args[0], p_dims), p.shape)
+    S, T = p.shape[last], p.shape[last - 1]
+    if back is None or where[last] != natural(shape)[2] or back[last] != natural((1, 1, S))[2]:
+        return None
+    if any(run.axis != 1 for run in where[last - 1]) or any(run.axis != 1 for run in back[last - 1]):
+        return None
+
+    def of(v: Value, reader: Equation, places: Dims, inner: int) -> tuple[Value, Dims | None]:
+        """An operand by the weights' batch dimensions, `places` in it, then T or S and K."""
+        root, dims = program.root(v, reader)
+        shape = (1, *v.shape)[-3:]
+        axes = (*(d for d in places), natural(shape)[inner])
+        return root, compose(axes, _batched(v, dims), shape)
+
+    repeated = tuple(tuple(run if run.axis == 0 else Run(None, run.size, 0) for run in dim) for dim in where[: last - 1])
+    back_repeated = tuple(tuple(run if run.axis == 0 else Run(None, run.size, 0) for run in dim) for dim in back[: last - 1])
+    keys, values = (1, *right.shape)[-3:], (1, *weighted.args[1].shape)[-3:]
+    q, q_dims = of(left, scores.product, where[:last], 2)
+    k, k_dims = of(right, scores.product, (*repeated, natural(keys)[2]), 1)
+    v, v_dims = of(weighted.args[1], weighted, (*back_repeated, natural(values)[1]), 2)
+    if None in (q_dims, k_dims, v_dims) or size(k_dims[-1]) != size(v_dims[-1]):
+        return None
+    heads = _heads(p.shape[: last - 1], k_dims, v_dims)
+    if heads is None:
+        return None
+    B, H, r = heads
+    K = size(q_dims[-1])
+    q4 = regroup(q_dims, (B, H, T, K))
+    k4, v4 = (_grouped(d, B, H, r, S, K) for d in (k_dims, v_dims))
+    # The result: its view in terms of the weights' dimensions and K, those in terms of [B, H, T, K].
+    out, out_dims = _result(program, weighted.outputs)
+    flat = regroup(natural((B, H, T, K)), (*p.shape[:last], K))
+    flat_p = (*flat[:last], (), flat[last])
+    product_shape = (1, *weighted.outputs.shape)[-3:]
+    w = _batched(weighted.args[0], p_dims)
+    rows = compose((w[0], w[1]), flat_p[: last + 1], p.shape)
+    if rows is None or q4 is None or k4 is None or v4 is None:
+        return None
+    y_dims = compose(
+        tuple(tuple(run._replace(axis=run.axis + 3 - weighted.outputs.fake.dim()) for run in dim) for dim in out_dims),
+        (*rows, flat[last]),
+        product_shape,
+    )
+    if y_dims is None:
+        return None
+    masks = _Masks.of(program, scores.masks, p.shape, B, H)
+    with q.fake.fake_mode:
+        fakes = [v.fake.new_empty((B, h, t, K)) for v, h, t in ((q, H, T), (k, H // r, S), (v, H // r, S))]
+    if masks is None or not kernel.native(*fakes):
+        return None
+
+    def replacement(env: dict[Value, torch.Tensor]) -> list[torch.Tensor]:
+        query = arrange(env[q], q4)
+        query, options = masks.apply(query, env)
+        results = kernel.flash_attention(query, arrange(env[k], k4), arrange(env[v], v4), scale=scores.scale, **options)
+        return [arrange(results[0], y_dims)]
+
+    equations = program.between([out], {q, k, v, *masks.read})
+    reason = f"{B} x {H} heads{f' in groups of {r}' if r > 1 else ''}, {T} x {S} weights of width {K}, {masks.reason}"
+    return Match(equations, [out], replacement, reason, (B, H, r, scores.scale, masks.key))
+
+
+def _heads(batch: tuple[int, ...], k: Dims, v: Dims) -> tuple[int, int, int] | None:
+    """Batch, heads of queries, and how many of them share a head of keys, which come last among the leading
+    dimensions. Other repetitions are expanded."""
+    count = math.prod(batch)
+
+    def group(dims: Dims) -> int:
+        r = 1
+        for run in reversed([run for dim in dims[:-2] for run in dim]):
+            if run.axis is not None:
+                break
+            r *= run.size
+        return r
+
+    r = math.gcd(group(k), group(v))
+    B = batch[0] if len(batch) > 1 else count // r
+    H = count // B
+    if H % r:
+        r = math.gcd(H, r)
+    return B, H, r
+
+
+def _grouped(dims: Dims, B: int, H: int, r: int, S: int, K: int) -> Dims | None:
+    """Keys or values as [B, H / r, S, K]."""
+    split = regroup(dims, (B, H // r, r, S, K))
+    return None if split is None else (split[0], split[1], *split[3:])
+
+
+class _Masks:
+    """What a softmax's masks come to for flash attention."""
+
+    def __init__(self, masks: list, shape: tuple[int, ...], B: int, H: int):
+        self.masks, self.shape, self.B, self.H = masks, shape, B, H
+        self.read = {value for (value, _), _, _ in masks}
+        self.fixed: dict[str, Any] | None = None if masks else {}
+        self.reason = "no mask" if not masks else "a mask"
+
+    @staticmethod
+    def of(program: Program, masks: list, shape: tuple[int, ...], B: int, H: int) -> _Masks | None:
+        """None where flash attention has nothing like them."""
+        found = _Masks([], shape, B, H)
+        for mask, fill, scale in masks:
+            value, negated = mask if isinstance(mask, tuple) else (mask, False)
+            if not isinstance(value, Value):
+                return None
+            if fill is not None:
+                number = program.literal(fill)
+                if number is None or number.numel() != 1 or not float(number) * scale <= HIDDEN:
+                    return None
+                fill = float(number) * scale
+            elif not value.dtype.is_floating_point and value.dtype != torch.bool:
+                return None
+            if len(shape) > 4 and math.prod(value.shape[:-2]) != 1:
+                return None
+            while (eq := program.producer(value, aten.expand)) is not None:
+                value = eq.args[0]
+            found.masks.append(((value, negated), fill, scale))
+        found = _Masks(found.masks, shape, B, H)
+        literal = [program.literal(v) for v in found.read]
+        if masks and all(x is not None for x in literal):
+            found._recognise(dict(zip(found.read, literal)))
+        return found
+
+    @property
+    def key(self) -> Any:
+        return repr((self.fixed, [(fill, scale, negated) for (_, negated), fill, scale in self.masks]))
+
+    def _recognise(self, env: dict[Value, torch.Tensor]) -> None:
+        """Causal masks and windows that are known beforehand."""
+        bias = self._bias(env)
+        if not bool((bias == bias[:1, :1]).all()):
+            return
+        bias = bias[0, 0].expand(self.shape[-2:])
+        visible = bias > HIDDEN
+        if not bool((bias[visible] == 0).all()) or not bool(visible.any(-1).all()):
+            return
+        T, S = visible.shape
+        ahead = torch.arange(S) - torch.arange(T).unsqueeze(1)
+        window = int(visible[-1].sum()) if T <= S else 0
+        if torch.equal(visible, ahead <= 0):
+            self.fixed, self.reason = {"is_causal": True}, "causal"
+        elif window and torch.equal(visible, (ahead <= 0) & (ahead > -window)):
+            self.fixed, self.reason = {"is_causal": True, "window": window}, f"causal in a window of {window}"
+        elif bool(visible.all()):
+            self.fixed, self.reason = {}, "no mask"
+
+    def _bias(self, env: dict[Value, torch.Tensor]) -> torch.Tensor:
+        """All masks as one that is added to the scores, broadcast to [B, H, T, S]."""
+        total: Any = 0.0
+        for (value, negated), fill, scale in self.masks:
+            m = env[value]
+            m = m.view((1,) * (len(self.shape) - m.dim()) + tuple(m.shape))
+            if math.prod(m.shape[:-2]) == 1:
+                m = m.view(1, 1, *m.shape[-2:])
+            elif m.dim() == 3:
+                m = m.reshape(self.B, self.H, *m.shape[-2:])
+            if fill is None:
+                m = m.float() * scale if scale != 1 else m.float()
+            else:
+                hidden = ~m.bool() if negated else m.bool()
+                m = torch.zeros(m.shape, device=m.device).masked_fill(hidden, fill)
+            total = total + m if isinstance(total, torch.Tensor) else m
+        return total
+
+    def apply(self, q: torch.Tensor, env: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The queries and flash attention's options. Where a query sees nothing, a softmax over -inf gives NaN, and
+        one over large negative numbers put in the scores' place the mean, without a gradient for the query: NaN and
+        zero in the query's place do the same."""
+        if self.fixed is not None:
+            return q, self.fixed
+        bias = self._bias(env)
+        top = bias.amax(-1, keepdim=True)
+        never, nothing = top == -math.inf, top <= HIDDEN
+        q = q.masked_fill(never, math.nan)
+        if any(fill is not None and fill > -math.inf for _, fill, _ in self.masks):
+            q = q.masked_fill(nothing & ~never, 0.0)
+        return q, {"mask": bias - top.masked_fill(never | ~nothing, 0.0)}  # beside large numbers scores would be lost

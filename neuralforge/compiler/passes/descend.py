@@ -1,0 +1,59 @@
+"""Operators that fusion doesn't know, as those that it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...autograd.rules import find_definition
+from ...graph import capture
+from ...graph.builder import Builder
+from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ..pointwise import supported
+
+aten = torch.ops.aten
+
+DESCENDING = {
+    aten.elu, aten.elu_backward, aten.celu, aten.mish, aten.mish_backward, aten.softplus_backward, aten.hardswish,
+    aten.hardswish_backward, aten.hardsigmoid, aten.hardsigmoid_backward, aten.hardtanh, aten.hardtanh_backward,
+    aten.leaky_relu, aten.leaky_relu_backward, aten.log_sigmoid_forward, aten.log_sigmoid_backward, aten.glu,
+    aten.glu_backward, aten.softshrink, aten.softshrink_backward, aten.huber_loss, aten.huber_loss_backward,
+    aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.binary_cross_entropy,
+    aten.binary_cross_entropy_with_logits, aten.binary_cross_entropy_backward, aten.lerp, aten.logit, aten.logit_backward,
+}  # fmt: skip
+
+
+def descend(graph: Graph) -> Graph:
+    """Replace these operators by their definitions."""
+    builder = Builder(graph)
+    env: dict[Value, Any] = {}
+    for eq in graph.equations:
+        eq = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+        wanted = getattr(eq.op, "overloadpacket", None) in DESCENDING and not supported(eq)
+        inside = _definition(eq) if wanted else None
+        if inside is None:
+            builder.equations.append(eq)
+            continue
+        inner = dict(zip(inside.inputs, eq.inputs))
+        for part in inside.equations:
+            made = {"source": eq.source, "origin": eq.origin or "descend"}
+            out = builder.emit(part.op, *substitute(part.args, inner), **made, **substitute(part.kwargs, inner))
+            inner.update(zip(part.results, leaves(out)))
+        env.update(zip(eq.results, substitute(inside.outputs, inner)))
+    return graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env))
+
+
+def _definition(eq: Equation) -> Graph | None:
+    """What the operator does to the equation's operands; None if the results would be laid out otherwise."""
+    found = find_definition(eq.op)
+    if found is None:
+        return None
+
+    def call(*tensors: torch.Tensor) -> Any:
+        given = dict(zip(eq.inputs, tensors))
+        return found(*substitute(eq.args, given), **substitute(eq.kwargs, given))
+
+    inside = capture(call, *(v.fake for v in eq.inputs)).graph
+    same = [(v.shape, v.dtype, v.strides) for v in eq.results] == [(v.shape, v.dtype, v.strides) for v in inside.outputs]
+    return inside if same and not inside.constants else None

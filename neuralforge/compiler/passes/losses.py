@@ -1,0 +1,224 @@
+"""Cross entropies: one kernel for the rows of the logits, whatever is made of the rows' losses afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ...graph.ir import Equation, Value
+from ...kernels import cross_entropy as kernel
+from .patterns import Match, Program
+from .views import Dims, arrange, compose, inverse, natural, regroup, size
+
+aten = torch.ops.aten
+NONE, MEAN, SUM = range(3)
+Tensors = dict[Value, torch.Tensor]
+
+
+def negative_log_likelihood(program: Program) -> Iterator[Match]:
+    """nll_loss of log_softmax, as F.cross_entropy has it, with label smoothing too, which sums the rows."""
+    for eq in program.graph.equations:
+        if eq.op not in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
+            continue
+        log_p, target, weight, reduction, ignore = eq.args
+        softmax, view = _log_softmax(program, log_p, 1)
+        if softmax is None or weight is not None or log_p.fake.dim() < 2:
+            continue
+        rows = _Rows.of(program, softmax.args[0], softmax, view, 1)
+        if rows is None:
+            continue
+        sums = [user.outputs for user in program.users[softmax.outputs] if user.op is aten.sum.dim_IntList]
+        sums = [v for v in sums if tuple(v.shape) == rows.shape][:1]
+        if sums and rows.dims != natural(rows.root.shape):
+            continue
+        loss, total = eq.outputs
+
+        def replacement(env: Tensors, rows=rows, target=target, reduction=reduction, ignore=ignore, sums=sums) -> list:
+            losses, lse = rows.losses(env, env[target], ignore)
+            count = (env[target] != ignore).sum().to(losses.dtype)
+            if reduction != NONE:
+                losses = losses.sum() / count if reduction == MEAN else losses.sum()
+            smooth = [env[rows.root].sum(1, dtype=lse.dtype) - rows.classes * lse] if sums else []
+            return [x.to(rows.root.dtype) for x in (losses, *smooth, count)]
+
+        outputs = [loss, *sums, total]
+        reason = f"{rows.reason}, {('of each row', 'mean', 'sum')[reduction]}" + (", with sums of rows" if sums else "")
+        equations = program.between(outputs, {rows.root, target})
+        key = ("nll", reduction, ignore, rows.key, bool(sums))
+        yield Match(equations, outputs, replacement, reason, key, len(outputs) - 1)
+
+
+def _log_softmax(program: Program, v: Value, dim: int) -> tuple[Equation | None, Dims]:
+    """The log-softmax over `dim` of which `v` is a view, and which view."""
+    source, view = program.trace(v)
+    softmax = program.producer(source, aten._log_softmax.default)
+    if softmax is None or softmax.args[2] or v.fake.dim() < 2:
+        return None, view
+    return (softmax if view[dim] == natural(source.shape)[softmax.args[1] % source.fake.dim()] else None), view
+
+
+def picked_log_softmax(program: Program) -> Iterator[Match]:
+    """The log-softmax at the target: by gather, by indexing with arange, or by multiplying with a one-hot and summing."""
+    for eq in program.graph.equations:
+        pick = _picked(program, eq)
+        if pick is None:
+            continue
+        softmax, view = _log_softmax(program, pick.source, pick.dim)
+        rows = _Rows.of(program, softmax.args[0], softmax, view, pick.dim) if softmax is not None else None
+        if rows is None:
+            continue
+
+        def replacement(env: Tensors, rows=rows, pick=pick, out=eq.outputs) -> list:
+            losses = -rows.losses(env, pick.index(env))[0]
+            return [pick.result(losses).view(out.shape).to(out.dtype)]
+
+        equations = program.between([eq.outputs], {rows.root, pick.target})
+        yield Match(equations, [eq.outputs], replacement, f"{rows.reason}, {pick.how}", (pick.key, rows.key))
+
+
+def picked_logits(program: Program) -> Iterator[Match]:
+    """logsumexp(x) less x at the target; the logsumexp may be read by others too (z-loss)."""
+    for eq in program.graph.equations:
+        if eq.op is not aten.sub.Tensor or eq.kwargs or not isinstance(eq.args[1], Value):
+            continue
+        total = program.producer(program.trace(eq.args[0])[0], aten.logsumexp.default)
+        found = program.producers.get(program.trace(eq.args[1])[0])
+        pick = _picked(program, found) if total is not None and found is not None else None
+        if pick is None or program.same(pick.source) is not program.same(total.args[0]):
+            continue
+        x = total.args[0]
+        if [d % x.fake.dim() for d in total.args[1]] != [pick.dim] or eq.outputs.fake.numel() != total.outputs.fake.numel():
+            continue
+        rows = _Rows.of(program, x, None, natural(x.shape), pick.dim)
+        if rows is None:
+            continue
+        outputs = [eq.outputs, total.outputs]
+
+        def replacement(env: Tensors, rows=rows, pick=pick, shape=eq.outputs.shape, of_total=total.outputs.shape) -> list:
+            losses, lse = rows.losses(env, pick.index(env))
+            return [losses.view(shape).to(rows.root.dtype), lse.view(of_total).to(rows.root.dtype)]
+
+        equations = program.between(outputs, {rows.root, pick.target})
+        yield Match(equations, outputs, replacement, f"{rows.reason}, {pick.how}", ("logits", pick.key, rows.key))
+
+
+@dataclass
+class _Pick:
+    """One element of each row: `source` along `dim` at `target`."""
+
+    source: Value
+    dim: int
+    target: Value
+    how: str
+    summed: bool = False
+
+    @property
+    def key(self) -> tuple:
+        return self.how, self.dim, self.summed
+
+    def index(self, env: Tensors) -> torch.Tensor:
+        """The target for each row, in the source's order of dimensions."""
+        shape = [n for d, n in enumerate(self.source.shape) if d != self.dim]
+        target = env[self.target]
+        return target.reshape(shape) if target.numel() == torch.Size(shape).numel() else target.expand(shape)
+
+    def result(self, picked: torch.Tensor) -> torch.Tensor:
+        return picked.sum() if self.summed else picked
+
+
+def _picked(program: Program, eq: Equation) -> _Pick | None:
+    if eq.op is aten.gather.default and not any(eq.kwargs.values()):
+        x, dim, index = eq.args
+        dim %= max(x.fake.dim(), 1)
+        wanted = tuple(1 if d == dim else n for d, n in enumerate(x.shape))
+        return _Pick(x, dim, index, "by gather") if tuple(index.shape) == wanted else None
+    if eq.op is aten.index.Tensor and isinstance(eq.args[0], Value):
+        x, indices = eq.args
+        ndim = x.fake.dim()
+        if len(indices) != ndim or ndim < 2 or None in indices or indices[-1].dtype != torch.int64:
+            return None
+        grid = tuple(x.shape[:-1])
+        for d, index in enumerate(indices[:-1]):
+            known = program.literal(index)
+            count = torch.arange(grid[d]).view([-1 if i == d else 1 for i in range(ndim - 1)])
+            if known is None or known.dim() > ndim - 1 or not torch.equal(known.expand(grid), count.expand(grid)):
+                return None
+        return _Pick(x, ndim - 1, indices[-1], "by indices") if tuple(eq.outputs.shape) == grid else None
+    if eq.op in (aten.sum.dim_IntList, aten.sum.default) and not eq.kwargs:
+        product = program.producer(eq.args[0], aten.mul.Tensor)
+        for x, hot in (product.args, product.args[::-1]) if product is not None else ():
+            target = _one_hot(program, hot)
+            if target is None or not isinstance(x, Value) or x.shape != hot.shape:
+                continue
+            last = x.fake.dim() - 1
+            everything = eq.op is aten.sum.default
+            if everything or [d % (last + 1) for d in eq.args[1]] == [last]:
+                return _Pick(x, last, target, "by a one-hot", everything)
+    return None
+
+
+def _one_hot(program: Program, v: object) -> Value | None:
+    """The indices of which `v` is the one-hot, along the last dimension."""
+    while (eq := program.producer(v, aten._to_copy)) is not None:
+        v = eq.args[0]
+    eq = program.producer(v, aten.eq.Tensor)
+    if eq is None:
+        return None
+    target, classes = eq.args
+    known = program.literal(classes)
+    lined_up = isinstance(target, Value) and target.fake.dim() == v.fake.dim() and target.shape[-1] == 1
+    if not lined_up or known is None or not torch.equal(known.reshape(-1), torch.arange(v.shape[-1])):
+        return None
+    return target if target.shape[:-1] == v.shape[:-1] and target.dtype == torch.int64 else None
+
+
+@dataclass
+class _Rows:
+    """Logits as rows: `root`, a tensor of which they are a view, is read as [N, V] with its rows in any order."""
+
+    root: Value
+    dims: Dims
+    """Of [N, V], in the root."""
+    order: Dims
+    """Of the rows, [N], in the logits without their classes."""
+    back: Dims
+    shape: tuple[int, ...]
+    """Of the logits without their classes."""
+    classes: int
+    key: tuple
+
+    @classmethod
+    def of(cls, program: Program, x: Value, reader: Equation | None, view: Dims, axis: int) -> _Rows | None:
+        """Of the logits `x`, read by `reader` (None: by several) through `view`, where their classes are along `axis`."""
+        root, dims = program.root(x, reader) if reader is not None else (x, natural(x.shape))
+        shape = tuple(map(size, view))
+        dims = compose(view, dims, x.shape)
+        if dims is None or any(run.axis is None for dim in dims for run in dim):
+            return None
+        runs = [run for d, dim in enumerate(dims) if d != axis for run in dim]
+        outer = tuple(n for d, n in enumerate(shape) if d != axis)
+        split = regroup(natural(outer), tuple(run.size for run in runs))
+        by_place = sorted(range(len(runs)), key=lambda i: (runs[i].axis, -runs[i].step))
+        order = (tuple(run for i in by_place for run in split[i]),)
+        back = inverse(order, outer)
+        rows = (tuple(runs[i] for i in by_place), dims[axis])
+        with x.fake.fake_mode:
+            matrix = x.fake.new_empty(size(rows[0]), size(rows[1]))
+        if back is None or not kernel.native(matrix):
+            return None
+        return cls(root, rows, order, back, outer, matrix.shape[1], (rows, order, axis))
+
+    @property
+    def reason(self) -> str:
+        return f"{size(self.dims[0])} rows of {self.classes}"
+
+    def losses(self, env: Tensors, target: torch.Tensor, ignore_index: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and log-sum-exp of each row, in the shape of the logits without their classes; at least float32."""
+        matrix = arrange(env[self.root], self.dims).contiguous()
+        index = arrange(target.reshape(self.shape), self.order)
+        return tuple(map(self.result, kernel.cross_entropy(matrix, index, ignore_index)))
+
+    def result(self, rows: torch.Tensor) -> torch.Tensor:
+        return arrange(rows, self.back)

@@ -1,0 +1,578 @@
+"""Rewriting as data: a rule finds equations that compute something the plain way, and names the operator that does it
+better. The derivative comes by itself.
+
+A rule is a generator of `Match`es: the equations found, the values they are wanted for, and a function of tensors that
+computes the same. If the program holds the backward pass of those equations too, it is recognised by differentiating
+them once more: the tape writes the same derivative wherever it finds the same equations, so what it writes now must be
+in the program, equation for equation. The derivative of the replacement then takes its place.
+
+Programs are compared by *numbers*: two values have the same number if the same operators made them from the same
+numbers. Copies, aliases and the like count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+
+from ...autograd import vjp
+from ...graph import capture
+from ...graph.builder import Builder
+from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.operators import draws, is_random
+from .layout import follow
+from .rewrites import make, refuse
+from .simplify import dead_code
+from .views import Dims, compose, covers, natural, viewed
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Match:
+    """Equations that compute `outputs`, and `replacement(env)`, which computes the same, a tensor for each output,
+    from `env`, the tensors for the values that the equations read. `key` tells replacements of like equations apart."""
+
+    equations: list[Equation]
+    outputs: list[Value]
+    replacement: Callable[[dict[Value, torch.Tensor]], list[torch.Tensor]]
+    reason: str
+    key: Any = None
+    differentiable: int | None = None
+    """The first so many outputs have a derivative (None: all)."""
+
+    @property
+    def again(self) -> bool:
+        """Was it recomputed on purpose?"""
+        return any(eq.origin.startswith("recomputed") for eq in self.equations)
+
+
+Rule = Callable[["Program"], Iterator[Match]]
+
+
+class Program:
+    """A graph with what rules ask of it."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.producers = graph.producers()
+        self.users = graph.users()
+        self.position = {eq: i for i, eq in enumerate(graph.equations)}
+        self.results = set(leaves(graph.outputs))
+        self._literals: dict[Value, torch.Tensor | None] = {}
+
+    def producer(self, v: Any, *ops: Any) -> Equation | None:
+        """The equation that makes `v`, looking through copies and aliases, if its operator (or packet) is among `ops`."""
+        while isinstance(v, Value) and v in self.producers:
+            eq = self.producers[v]
+            if not ops or eq.op in ops or getattr(eq.op, "overloadpacket", None) in ops:
+                return eq
+            if not is_identity(eq):
+                return None
+            v = eq.args[0]
+        return None
+
+    def same(self, v: Any) -> Any:
+        """What `v` is a copy or alias of."""
+        while isinstance(v, Value) and v in self.producers and is_identity(self.producers[v]):
+            v = self.producers[v].args[0]
+        return v
+
+    def literal(self, v: Any) -> torch.Tensor | None:
+        """What `v` is if it depends on nothing but literals: masks, positions. None if it isn't, or is huge."""
+        if not isinstance(v, Value):
+            return torch.tensor(v) if isinstance(v, (int, float, bool)) else None
+        if v not in self._literals:
+            self._literals[v] = None
+            eq = self.producers.get(v)
+            if eq is not None and not is_random(eq.op) and "empty" not in eq.name and v.fake.numel() <= 1 << 26:
+                self._literals[v] = self._evaluate(eq, v)
+        return self._literals[v]
+
+    def _evaluate(self, eq: Equation, v: Value) -> torch.Tensor | None:
+        env = {}
+        for x in eq.inputs:
+            given = eq.op is aten.lift_fresh.default and self.graph.constants.get(x)
+            env[x] = given if isinstance(given, torch.Tensor) else self.literal(x)
+            if env[x] is None:
+                return None
+        with torch.no_grad():
+            result = eq.op(*substitute(eq.args, env), **substitute(eq.kwargs, env))
+        return result if isinstance(result, torch.Tensor) else result[eq.results.index(v)]
+
+    def root(self, v: Value, reader: Equation) -> tuple[Value, Dims]:
+        """What `v`, an operand of `reader`, is a view of, and which, unless others read what lies in between."""
+        root, at, dims = v, v, natural(v.shape)
+        found = dims
+        while at in self.producers and at not in self.results and (at is v or self.users[at] == [reader]):
+            reader = self.producers[at]
+            dims = compose(dims, viewed(reader), at.shape)
+            if dims is None or not covers(dims, reader.args[0].shape):
+                break
+            root = at = reader.args[0]
+            found = dims
+        return root, found
+
+    def trace(self, v: Value) -> tuple[Value, Dims]:
+        """What `v` is a view of, and which."""
+        dims = natural(v.shape)
+        while v in self.producers:
+            further = compose(dims, viewed(self.producers[v]), v.shape)
+            if further is None:
+                break
+            v, dims = self.producers[v].args[0], further
+        return v, dims
+
+    def place(self, v: Value) -> int:
+        """The position of the equation that makes `v`; -1 for what is given."""
+        return self.position[self.producers[v]] if v in self.producers else -1
+
+    def between(self, outputs: list[Value], inputs: set[Value]) -> list[Equation]:
+        """The equations that compute `outputs` from `inputs`, in order."""
+        found: set[Equation] = set()
+        todo = list(outputs)
+        while todo:
+            v = todo.pop()
+            eq = self.producers.get(v)
+            if v not in inputs and eq is not None and eq not in found:
+                found.add(eq)
+                todo += eq.inputs
+        return sorted(found, key=self.position.__getitem__)
+
+
+def is_identity(eq: Equation) -> bool:
+    """Does it hand on its operand, but for the layout in memory?"""
+    dims = viewed(eq)
+    return dims is not None and eq.args[0].shape == eq.outputs.shape and dims == natural(eq.args[0].shape)
+
+
+def applied(*rules: Rule) -> Callable[[Graph], Graph]:
+    """A pass that applies the rules, one after the other, wherever they match."""
+
+    def rewrite_patterns(graph: Graph) -> Graph:
+        for rule in rules:
+            graph = _apply(graph, rule)
+        return graph
+
+    return rewrite_patterns
+
+
+def _apply(graph: Graph, rule: Rule) -> Graph:
+    program = Program(graph)
+    matches = list(rule(program))
+    if not matches:
+        return graph
+    numbers, plans, gone = Numbers(graph), [], set()
+    for match in matches:
+        source = program.producers[match.outputs[0]].source
+        try:
+            plan = _Plan(program, numbers, match)
+        except _Unfit as why:
+            refuse(rule.__name__, source, str(why))
+            continue
+        if plan.replaced.keys() & gone or not make(rule.__name__, source, match.reason):
+            continue  # the same computation found twice
+        gone |= plan.replaced.keys()
+        numbers.taken |= plan.taken
+        plans.append(plan)
+    return _rebuild(graph, plans, rule.__name__) if plans else graph
+
+
+class _Unfit(Exception):
+    """Why a match is left alone."""
+
+
+class Numbers:
+    """Of each value of a graph its number."""
+
+    def __init__(self, graph: Graph):
+        self.of: dict[Value, int] = {}
+        self.values: dict[int, list[Value]] = {}
+        """The values of a number, but for copies and aliases."""
+        self.makers: dict[int, list[Equation]] = {}
+        self.readers: dict[int, list[Equation]] = {}
+        self.known: dict[Any, int] = {}
+        self.taken: set[Equation] = set()
+        """Of backward passes that are replaced already. That of a linear function doesn't tell which call of it it belongs to:
+        the first match takes those of all."""
+        for v in (*graph.inputs, *graph.constants):
+            self._name(v, (v,))
+        for eq in graph.equations:
+            if is_identity(eq):
+                self.of[eq.outputs] = self.of[eq.args[0]]
+            else:
+                key = self.key(eq, self.of)
+                for i, v in enumerate(eq.results):
+                    self.makers.setdefault(self._name(v, (key, i)), []).append(eq)
+            for n in {self.of[v] for v in eq.inputs}:
+                self.readers.setdefault(n, []).append(eq)
+
+    def _name(self, v: Value, key: tuple) -> int:
+        n = self.of[v] = self.known.setdefault(key, len(self.known))
+        self.values.setdefault(n, []).append(v)
+        return n
+
+    def key(self, eq: Equation, of: dict[Value, int]) -> Any:
+        """What tells the results of `eq` apart from others, given the numbers of its operands."""
+        if is_random(eq.op):
+            return (eq,)
+        # What was computed again on purpose is not what was computed before.
+        again = eq.origin.startswith("recomputed")
+        name, args = form(eq)
+        operands = [_hashable(a, of) for a in args]
+        return again, name, *(sorted(operands, key=repr) if name in COMMUTATIVE else operands), _hashable(eq.kwargs, of)
+
+
+def form(eq: Equation) -> tuple[Any, tuple]:
+    """Operator and arguments, one way of saying it for views that come to the same."""
+    dims = viewed(eq)
+    return (eq.op, eq.args) if dims is None else ("view", (eq.args[0], (*dims, *eq.outputs.shape)))
+
+
+COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+
+
+def _hashable(x: Any, of: dict[Value, int]) -> Any:
+    if isinstance(x, Value):
+        return "v", of[x]
+    if isinstance(x, dict):
+        return tuple((k, _hashable(x[k], of)) for k in sorted(x))
+    if isinstance(x, (list, tuple)):
+        return tuple(_hashable(item, of) for item in x)
+    return type(x), repr(x)
+
+
+class _Plan:
+    """How one match is replaced: its outputs where the first of them is made, and the gradients of each pullback found
+    where the first of those is."""
+
+    def __init__(self, program: Program, numbers: Numbers, match: Match):
+        self.match = match
+        own = {v for eq in match.equations for v in eq.results}
+        self.inputs = list(dict.fromkeys(v for eq in match.equations for v in eq.inputs if v not in own))
+        pulled, pullbacks = _backward_passes(match, self.inputs, numbers)
+        self.new = _template(match.replacement, match, self.inputs, pulled)
+        for pullback in pullbacks:
+            for i in [i for i in pullback.gradients if self.new.gradients[i] not in self.new.backward]:
+                del pullback.gradients[i]  # an operand that the replacement has no gradient of
+        _check(program, numbers, pullbacks)
+        inside = set().union(*(pullback.inside for pullback in pullbacks))
+        self.taken = {eq for n in inside for eq in numbers.makers.get(n, ())}
+        values = lambda i, n, by: {v: (by, i) for v in numbers.values[n]}
+        self.replaced: dict[Value, tuple[Any, int]] = {}
+        """Of each value by what: ("forward", i) for output i, (p, i) for input i's gradient of the p-th pullback."""
+        for i, v in enumerate(match.outputs):
+            self.replaced.update(values(i, numbers.of[v], "forward"))
+        self.forward_at = _room(program, numbers, list(self.replaced), self.inputs, inside)
+        self.backward_at: list[tuple[int, list[Value]]] = []
+        for p, pullback in enumerate(pullbacks if pulled else ()):
+            gradients: dict[Value, tuple[Any, int]] = {}
+            for i, n in pullback.gradients.items():
+                gradients.update(values(i, n, p))
+            cotangents = [min(numbers.values[n], key=program.place) for n in pullback.cotangents]
+            at = max(self.forward_at, _room(program, numbers, list(gradients), cotangents, inside))
+            self.replaced.update(gradients)
+            self.backward_at.append((at, cotangents))
+
+
+def _room(program: Program, numbers: Numbers, made: list[Value], read: list[Value], inside: set[int]) -> int:
+    """Where to put equations that read `read` and make `made` anew: before its first reader that stays."""
+    at = max([*(program.place(v) + 1 for v in read), min(program.place(v) for v in made)])
+    for v in made:
+        for eq in program.users.get(v, ()):
+            if program.position[eq] < at and not all(numbers.of[r] in inside for r in eq.results):
+                raise _Unfit("its results are needed before all its operands are there")
+    return at
+
+
+def _backward_passes(match: Match, inputs: list[Value], numbers: Numbers) -> tuple[tuple[int, ...], list[_Pullback]]:
+    """Of which of its outputs the match is differentiated in the program, as many as can be, and where."""
+    floating = [i for i, v in enumerate(match.outputs[: match.differentiable]) if v.dtype.is_floating_point]
+    region = Graph(inputs=inputs, equations=match.equations, outputs=match.outputs)
+    for count in range(len(floating), -1, -1):
+        for pulled in combinations(floating, count):
+            template = _template(lambda env: region(*(env[v] for v in inputs)), match, inputs, pulled, "plain")
+            pullbacks = list(template.find(inputs, numbers))
+            if pullbacks or not pulled:
+                return pulled, pullbacks
+    raise AssertionError
+
+
+def _check(program: Program, numbers: Numbers, pullbacks: list[_Pullback]) -> None:
+    """What the replacement doesn't compute mustn't be read by anybody else, unless it is computed from no operand with
+    a gradient, or is a view of an operand."""
+    inside = set().union(*(p.inside for p in pullbacks))
+    gone = inside - {n for p in pullbacks for n in (*p.spared, *p.gradients.values())}
+    results = {numbers.of[v] for v in program.results}
+    if gone & results:
+        raise _Unfit("a value inside it is a result of the program")
+    for n in gone:
+        for eq in numbers.readers.get(n, ()):
+            if not any(numbers.of[v] in inside for v in eq.results):
+                raise _Unfit(f"a value inside it is also read by {eq.name}, {eq.source}")
+
+
+class _Pullback(NamedTuple):
+    """Where in a program the equations of a template are, by numbers."""
+
+    cotangents: list[int]
+    gradients: dict[int, int]
+    """Of the inputs (by their place) that have one."""
+    inside: set[int]
+    """All that is computed, cotangents and operands apart."""
+    spared: set[int]
+    """Those of them that may be read by others."""
+
+
+class _Template:
+    """What the tape makes of a function: a graph that takes its inputs and the cotangents of some outputs, and
+    gives the outputs and the gradients of the inputs in `wanted`."""
+
+    def __init__(self, graph: Graph, inputs: int, outputs: int, wanted: list[int], again: bool):
+        self.graph, self.again = graph, again
+        self.inputs, self.cotangents = graph.inputs[:inputs], graph.inputs[inputs:]
+        self.outputs, self.gradients = graph.outputs[:outputs], dict(zip(wanted, graph.outputs[outputs:]))
+        self.producers = graph.producers()
+        self.backward, self.spared = set(self.cotangents), set(self.outputs)
+        differentiated = {*self.cotangents, *(self.inputs[i] for i in wanted)}
+        views = set(self.inputs)
+        for eq in graph.equations:
+            if any(v in self.backward for v in eq.inputs):
+                self.backward.update(eq.results)
+            if any(v in differentiated for v in eq.inputs):
+                differentiated.update(eq.results)
+            if form(eq)[0] == "view" and eq.args[0] in views:
+                views.update(eq.results)
+        self.spared |= views | {v for eq in graph.equations for v in eq.results if v not in differentiated}
+
+    def find(self, inputs: list[Value], numbers: Numbers) -> Iterator[_Pullback]:
+        """Where the template is in a program of which `inputs` are values; without cotangents, the forward pass only."""
+        start: dict[Value, int | None] = {t: numbers.of[v] for t, v in zip(self.inputs, inputs)}
+        self._bind(numbers, start)
+        if None in (start[v] for v in self.outputs):  # the tape took an operator apart, and the program has it whole
+            return
+        seen = set()
+        for bound in self._solutions(numbers, start):
+            cotangents = tuple(bound[v] for v in self.cotangents)
+            gradients = {i: bound[v] for i, v in self.gradients.items() if v in self.backward}
+            gradients = {i: n for i, n in gradients.items() if n is not None}
+            if cotangents in seen or self.cotangents and not gradients:
+                continue
+            seen.add(cotangents)
+            given = {bound[v] for v in (*self.inputs, *self.cotangents)}
+            inside = {n for n in bound.values() if n is not None} - given
+            yield _Pullback(list(cotangents), gradients, inside, {bound[v] for v in self.spared})
+
+    def _bind(self, numbers: Numbers, bound: dict[Value, int | None]) -> None:
+        """Number what follows from what is numbered; None: the program doesn't have it."""
+        for eq in self.graph.equations:
+            if any(v not in bound for v in eq.inputs) or all(v in bound for v in eq.results):
+                continue
+            if is_identity(eq):
+                bound[eq.outputs] = bound[eq.args[0]]
+                continue
+            key = None
+            if not any(bound[v] is None for v in eq.inputs):
+                again = self.again and not eq.origin.startswith("vjp")
+                key = (again, *numbers.key(eq, bound)[1:])
+            for i, v in enumerate(eq.results):
+                bound[v] = numbers.known.get((key, i))
+
+    def _solutions(self, numbers: Numbers, bound: dict) -> Iterator[dict]:
+        """Every way to number the cotangents: what reads something known of the forward pass is compared."""
+        rest = [v for v in self.cotangents if v not in bound]
+        if not rest:
+            yield bound
+            return
+        for eq in self.graph.equations:
+            known = [bound[v] for v in eq.inputs if bound.get(v) is not None]
+            if not known or is_identity(eq) or all(v in bound for v in eq.inputs):
+                continue
+            for found in min((numbers.readers.get(n, []) for n in known), key=len):
+                trial = dict(bound)
+                if found in numbers.taken or not _alike(eq, found, trial, numbers, self.producers):
+                    continue
+                if any(v in trial for v in rest) and self._fits(numbers, trial):
+                    self._bind(numbers, trial)
+                    yield from self._solutions(numbers, trial)
+
+    def _fits(self, numbers: Numbers, bound: dict) -> bool:
+        """Have the cotangents the shapes and types they should have?"""
+        types = lambda v: (v.shape, v.dtype)
+        return all(types(numbers.values[bound[v]][0]) == types(v) for v in self.cotangents if v in bound)
+
+
+def _alike(eq: Equation, found: Equation, bound: dict, numbers: Numbers, producers: dict[Value, Equation]) -> bool:
+    """Can `found`, in the program, be `eq`, of a template? If so `bound` learns what the operands are."""
+    (name, args), (other, others) = form(eq), form(found)
+    if name != other or len(args) != len(others):
+        return False
+    if name in COMMUTATIVE and isinstance(args[1], Value) and isinstance(others[1], Value):
+        for order in ((0, 1), (1, 0)):
+            trial = dict(bound)
+            if all(_same(args[i], others[order[i]], trial, numbers, producers) for i in (0, 1)):
+                bound.update(trial)
+                return True
+        return False
+    given, wanted = (others, found.kwargs), (args, eq.kwargs)
+    return _same(wanted, given, bound, numbers, producers)
+
+
+def _same(want: Any, have: Any, bound: dict, numbers: Numbers, producers: dict[Value, Equation]) -> bool:
+    if isinstance(want, Value):
+        return isinstance(have, Value) and _is_number(want, numbers.of[have], bound, numbers, producers)
+    if isinstance(want, dict):
+        return isinstance(have, dict) and want.keys() == have.keys() and all(
+            _same(want[k], have[k], bound, numbers, producers) for k in want
+        )
+    if isinstance(want, (list, tuple)):
+        return isinstance(have, (list, tuple)) and len(want) == len(have) and all(
+            _same(w, h, bound, numbers, producers) for w, h in zip(want, have)
+        )
+    return type(want) is type(have) and repr(want) == repr(have)
+
+
+def _is_number(v: Value, n: int, bound: dict, numbers: Numbers, producers: dict[Value, Equation]) -> bool:
+    """Can the template's `v` be the program's number `n`?"""
+    if v in bound:
+        return bound[v] == n
+    eq = producers.get(v)
+    if eq is None:  # a cotangent
+        bound[v] = n
+        return True
+    if is_identity(eq):
+        if not _is_number(eq.args[0], n, bound, numbers, producers):
+            return False
+        bound[v] = n
+        return True
+    for maker in numbers.makers.get(n, ()):
+        trial = dict(bound)
+        if _alike(eq, maker, trial, numbers, producers):
+            bound.update(trial)
+            bound[v] = n
+            return True
+    return False
+
+
+_templates: dict[Any, tuple] = {}
+
+
+def _template(f: Callable, match: Match, inputs: list[Value], pulled: tuple[int, ...], which: str = "new") -> _Template:
+    """`f(env)`, which computes the match, with its pullback; layers of the same structure share the work."""
+    key = which, pulled, _structure(match, inputs)
+    if key not in _templates:
+        if len(_templates) > 256:
+            _templates.clear()
+        _templates[key] = _differentiated(f, match, inputs, pulled)
+    graph, wanted = _templates[key]
+    return _Template(graph, len(inputs), len(match.outputs), wanted, match.again)
+
+
+def _differentiated(f: Callable, match: Match, inputs: list[Value], pulled: tuple[int, ...]) -> tuple[Graph, list[int]]:
+    """The graph of a template, and which inputs it differentiates."""
+    wanted = [i for i, v in enumerate(inputs) if v.dtype.is_floating_point]
+
+    def both(tensors: list, cotangents: list) -> list:
+        if not pulled:  # as it is: the tape would take operators without a rule apart
+            return list(f(dict(zip(inputs, tensors))))
+        outputs: list = []
+
+        def forward(*differentiated: torch.Tensor) -> list:
+            full = list(tensors)
+            for i, x in zip(wanted, differentiated):
+                full[i] = x
+            outputs[:] = f(dict(zip(inputs, full)))
+            return [outputs[i] for i in pulled]
+
+        _, pullback = vjp(forward, *(tensors[i] for i in wanted))
+        return [*outputs, *pullback(cotangents)]
+
+    graph = capture(both, [v.fake for v in inputs], [match.outputs[i].fake for i in pulled]).graph
+    for v, new in zip(match.outputs, graph.outputs):
+        assert (v.shape, v.dtype) == (new.shape, new.dtype), f"{v.typed} would be replaced by {new.typed}"
+    return dead_code(graph), wanted
+
+
+def _structure(match: Match, inputs: list[Value]) -> Any:
+    """All that the template of a match depends on."""
+    place = {v: i for i, v in enumerate(inputs)}
+    types = tuple((v.shape, v.strides, v.dtype, v.device) for v in inputs)
+    for eq in match.equations:
+        place.update((v, len(place)) for v in eq.results)
+    body = tuple((eq.op, _hashable(eq.args, place), _hashable(eq.kwargs, place)) for eq in match.equations)
+    return match.replacement.__qualname__, match.key, types, body, tuple(place[v] for v in match.outputs)
+
+
+def _rebuild(graph: Graph, plans: list[_Plan], origin: str) -> Graph:
+    """The graph with all plans carried out."""
+    builder = Builder(graph)
+    env: dict[Value, Any] = {}
+    steps: dict[int, list[Callable[[], None]]] = {}
+    for plan in plans:
+        new = _Insertion(plan, builder, env, origin)
+        steps.setdefault(plan.forward_at, []).append(new.forward)
+        for p, (at, cotangents) in enumerate(plan.backward_at):
+            steps.setdefault(at, []).append(partial(new.backward, cotangents, p))
+    needed = _still_needed(graph, plans)
+    for i, eq in enumerate([*graph.equations, None]):
+        for step in steps.get(i, ()):
+            step()
+        if eq in needed:
+            follow(eq, env, builder)
+    return dead_code(graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env)))
+
+
+def _still_needed(graph: Graph, plans: list[_Plan]) -> set[Equation]:
+    """The equations that are read by something else than what the plans replace."""
+    replaced = {v for plan in plans for v in plan.replaced}
+    read: dict[int, list[Value]] = {}
+    for plan in plans:
+        read.setdefault(plan.forward_at, []).extend(plan.inputs)
+        for at, cotangents in plan.backward_at:
+            read.setdefault(at, []).extend([*plan.inputs, *cotangents])
+    wanted, found = {*leaves(graph.outputs), *read.get(len(graph.equations), ())}, set()
+    for i, eq in reversed(list(enumerate(graph.equations))):
+        if any(v in wanted and v not in replaced for v in eq.results) or draws(eq.op, eq.args, eq.kwargs):
+            wanted.update(eq.inputs)
+            found.add(eq)
+        wanted.update(read.get(i, ()))
+    return found
+
+
+class _Insertion:
+    """A replacement on its way into a program; `env` learns what stands for what."""
+
+    def __init__(self, plan: _Plan, builder: Builder, env: dict[Value, Any], origin: str):
+        self.plan, self.builder, self.env, self.origin = plan, builder, env, origin
+        self.again = "recomputed, " if plan.match.again else ""
+        self.made: dict[Value, Any] = {}
+
+    def forward(self) -> None:
+        new = self.plan.new
+        self.made.update(zip(new.inputs, (self.env.get(v, v) for v in self.plan.inputs)))
+        self._emit("forward", dict(enumerate(new.outputs)), self.made, self.again + self.origin)
+
+    def backward(self, cotangents: list[Value], p: int) -> None:
+        new = self.plan.new
+        made = {**self.made, **dict(zip(new.cotangents, (self.env.get(v, v) for v in cotangents)))}
+        self._emit(p, new.gradients, made, self.origin)
+
+    def _emit(self, by: Any, results: dict[int, Value], made: dict[Value, Any], origin: str) -> None:
+        """The equations for those of the results that are wanted, but for what is there already."""
+        wanted = {v: results[i] for v, (which, i) in self.plan.replaced.items() if which == by}
+        needed, chosen = set(wanted.values()), []
+        for eq in reversed(self.plan.new.graph.equations):
+            if any(v in needed and v not in made for v in eq.results):
+                needed.update(eq.inputs)
+                chosen.append(eq)
+        source = self.plan.match.equations[-1].source
+        for eq in reversed(chosen):
+            args, kwargs = substitute(eq.args, made), substitute(eq.kwargs, made)
+            out = self.builder.emit(eq.op, *args, source=source, origin=origin, **kwargs)
+            made.update(zip(eq.results, leaves(out)))
+        self.env.update((v, made[new]) for v, new in wanted.items())

@@ -1,0 +1,66 @@
+"""Gradients of attention that are concatenated, written where the concatenation will be.
+
+Queries, keys and values mostly come from one product, which is split; so their gradients are put together again. The
+kernel writes with any strides: its results get those of their places in the whole, and then the memory plan puts them
+there and nothing is left to copy (`plan.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...graph.builder import Builder
+from ...graph.ir import Equation, Graph, Value, substitute
+from ..attention import claim_attention
+from .layout import follow
+from .patterns import Program
+from .views import arrange, inverse
+
+aten, own = torch.ops.aten, torch.ops.neuralforge
+_BACKWARD = (aten._scaled_dot_product_flash_attention_for_cpu_backward.default, own.flash_attention_backward.default)
+
+
+def attention_side_by_side(graph: Graph) -> Graph:
+    """Give the gradients of attention that are only concatenated the strides of their places."""
+    cats = [eq for eq in graph.equations if eq.op is aten.cat.default]
+    if not cats:
+        return graph
+    program = Program(graph)
+    found = {v: placed for eq in cats for v, placed in _places(program, eq).items()}
+    if not found:
+        return graph
+    builder, env = Builder(graph), {}
+    try:
+        for eq in graph.equations:
+            if any(v in found for v in eq.results):
+                args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
+                outputs = tuple(found.get(v, v) for v in eq.results)
+                builder.equations.append(Equation(eq.op, args, kwargs, outputs, eq.source, eq.origin))
+                env.update((v, found[v]) for v in eq.results if v in found)
+            else:
+                follow(eq, env, builder)
+    except (RuntimeError, ValueError):  # an operator that can't take the new layout: leave all as it was
+        return graph
+    return graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env))
+
+
+def _places(program: Program, cat: Equation) -> dict[Value, Value]:
+    """For what is concatenated, if all of it is gradients of attention, values with the strides of their places."""
+    whole, found, at = cat.outputs, {}, 0
+    dim = (*cat.args, 0)[1] % whole.fake.dim()
+    for part in cat.args[0]:
+        root, dims = program.root(part, cat)
+        maker, back = program.producers.get(root), inverse(dims, tuple(root.shape))
+        alone = root not in program.results and len(program.users[root]) == 1 and root not in found
+        if maker is None or maker.op not in _BACKWARD or back is None or not alone or claim_attention(maker) is None:
+            return {}
+        with whole.fake.fake_mode:
+            try:
+                place = arrange(whole.fake.narrow(dim, at, part.shape[dim]), back)
+            except RuntimeError:  # no strides can express it
+                return {}
+            if place.stride(-1) != 1:
+                return {}
+            found[root] = Value(f"{root.name}_in_{whole.name}", torch.empty_strided(place.shape, place.stride(), dtype=place.dtype))
+        at += part.shape[dim]
+    return found

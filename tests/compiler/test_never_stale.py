@@ -1,0 +1,148 @@
+"""A jitted function is captured again whenever what was captured may not hold, and only then; lengths share kernels."""
+
+import sys
+
+import pytest
+import torch
+
+import neuralforge as nf
+from neuralforge.compiler import products
+from neuralforge.errors import CaptureError
+from neuralforge.kernels import choices, toolchain
+from neuralforge.models import ModelConfig, build, next_token_loss
+
+jit_module = sys.modules[nf.jit.__module__]
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """One entry for each capture of a jitted function."""
+    made, capture = [], jit_module.capture
+    monkeypatch.setattr(jit_module, "capture", lambda *args: (made.append(1), capture(*args))[1])
+    return made
+
+
+def test_floats_that_are_equal_but_not_the_same(captures):
+    f = lambda x, s: torch.copysign(x, torch.full_like(x, s))
+    jitted, x = nf.jit(f), torch.randn(5)
+    for s in (0.0, -0.0, 1.0, True, 1, float("nan"), float("nan"), -0.0):
+        assert torch.equal(jitted(x, s), f(x, s))
+    assert len(captures) == 6
+
+
+def test_default_dtype_and_autocast(captures):
+    f = lambda x: x @ x * torch.ones(4)
+    jitted, x = nf.jit(f), torch.randn(4, 4)
+    assert jitted(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert jitted(x).dtype == f(x).dtype
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert jitted(x).dtype == f(x).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert jitted(x).dtype == torch.float32 and len(captures) == 3
+
+
+@pytest.mark.parametrize("how", ["closed over", "argument", "torch.autograd"])
+def test_modules_that_change_between_training_and_evaluation(captures, how):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).requires_grad_(
+        how == "torch.autograd"
+    )
+    jitted = nf.jit(lambda m, x: m(x)) if how == "argument" else nf.jit(lambda x: model(x))
+    call = (lambda x: jitted(model, x)) if how == "argument" else jitted
+    x = torch.randn(300, 4)
+    for training in (True, False, True, False):
+        model.train(training)
+        assert (call(x) == 0).any() == training
+        assert training or torch.allclose(call(x), model(x), atol=1e-6)
+    if how != "torch.autograd":
+        assert len(captures) == 2, "one for each mode"
+
+
+def test_views_that_are_still_to_be_negated():
+    f = nf.jit(lambda x: x.exp() * 2 + x)
+    x = torch.randn(50, dtype=torch.complex64).conj().imag
+    assert x.is_neg() and torch.allclose(f(x), x.exp() * 2 + x)
+    assert torch.allclose(f(x.clone()), x.exp() * 2 + x)
+
+
+def test_arguments_that_share_memory_with_a_written_one_are_refused():
+    @nf.jit
+    def f(a, b):
+        a += 1
+        return b * 2
+
+    x = torch.zeros(10)
+    assert f(x[:5], x[5:]).tolist() == [0] * 5 and x.tolist() == [1] * 5 + [0] * 5
+    with pytest.raises(CaptureError, match=r"in place to an argument of shape \(5,\).*shape \(5,\), shares"):
+        f(x[:5], x[4:9])
+    with pytest.raises(CaptureError, match="test_never_stale.py.*clone"):
+        f(x, x)
+
+
+def test_tensors_with_a_class_of_their_own_are_refused():
+    class Twice(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return 2 * super().__torch_function__(func, types, args, kwargs or {})
+
+    f, x = nf.jit(lambda x: x.exp()), torch.randn(3)
+    f(x)
+    with pytest.raises(CaptureError, match="class Twice.*as_subclass"):
+        f(x.as_subclass(Twice))
+    with torch.no_grad():
+        assert torch.allclose(f(torch.nn.Parameter(x)), x.exp())
+
+
+def test_the_number_of_compiled_forms_is_bounded(captures, monkeypatch):
+    monkeypatch.setattr(jit_module, "CACHE_SIZE", 3)
+    f = nf.jit(lambda x: x + 1)
+    for n in (1, 2, 3, 1, 4, 1, 2):  # the 4 puts out the 2, not used for longest
+        assert f(torch.zeros(n)).tolist() == [1] * n
+    assert len(captures) == 5 and len(f.programs) == 3
+
+
+def test_forms_share_their_memory():
+    g = lambda x: ((x.exp() @ x).tanh() @ x).sum(0)
+    f = nf.jit(g)
+    inputs = [torch.randn(n, n) for n in (20, 40, 30, 60, 20, 60, 40)]
+    for x in inputs:
+        assert torch.allclose(f(x), g(x), rtol=1e-3, atol=1e-4)
+    arenas = {id(program.program.arena) for program in f.programs}
+    needed = [program.program.plan.arena_bytes for program in f.programs]
+    assert len(arenas) == 1 and len(set(needed)) == 4
+    assert f.programs[0].program.arena.memory.numel() == max(needed), "not the sum"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_lengths_share_kernels(kind, monkeypatch, tmp_path):
+    """Training steps at other lengths: no product is timed and nothing of C is compiled a second time."""
+    monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
+    builds, load = [], toolchain._load
+    model = build(
+        ModelConfig(
+            kind, vocab_size=50, context=64, n_layers=1, n_heads=2, n_kv_heads=2, d_model=32, d_ff=32
+        ),
+        0,
+    )
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss_fn(params, tokens):
+        return next_token_loss(torch.func.functional_call(model, params, (tokens[:, :-1],)), tokens[:, 1:])
+
+    step = lambda params, tokens: nf.value_and_grad(loss_fn)(params, tokens)
+    jitted = nf.jit(step)
+    jitted(params, torch.randint(0, 50, (2, 25)))
+    monkeypatch.setattr(
+        toolchain, "_load", lambda source, *rest: builds.append(source) or load(source, *rest)
+    )
+    monkeypatch.setattr(products, "_fastest", lambda *args: pytest.fail("a product was timed again"))
+    for length in (33, 18, 48):
+        tokens = torch.randint(0, 50, (2, length))
+        loss, grads = jitted(params, tokens)
+        expected_loss, expected = step(params, tokens)
+        assert torch.allclose(loss, expected_loss, rtol=1e-5)
+        for name, g in grads.items():
+            assert torch.allclose(g, expected[name], rtol=1e-3, atol=1e-6), name
+    assert builds == []
