@@ -1,6 +1,6 @@
 """Differentiation: the rule table, the tape, forward mode and the transforms built on them."""
 
-from . import rules
+from . import rules, to_numpy, torch_function  # noqa: F401  (these two let transforms see what else they wouldn't)
 from .checkpoint import checkpoint, checkpoint_name, save_only, save_products
 from .custom import custom_jvp, custom_vjp, opaque
 from .gradient_tape import GradientTape

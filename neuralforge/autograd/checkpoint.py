@@ -1,25 +1,28 @@
 """Checkpointing: keep a function's inputs rather than its intermediate results, and run it again in the backward pass
 (Griewank & Walther 2000; Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
-What random operators drew is always kept, so that the second run has the same dropout, eagerly, captured, and on any
-number of ranks. A policy can keep more: matrix products, say, or what the model calls by name.
+What random operators drew from torch's generator is always kept, so that the second run has the same dropout; what
+they drew within `nf.random.stream` is drawn again, from the same counters. A policy can keep more: matrix products, say,
+or what the model calls by name.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import DifferentiationError
-from ..graph import source
+from ..graph import gradient_mode, source
 from ..graph.ir import map_tree
-from ..graph.tracer import Tracer, operator_traits
+from ..graph.operators import operator_traits
+from ..graph.tracer import Tracer
+from ..graph.tree import tree_flatten, tree_unflatten
+from ..random import draws, stream
 from .custom import differentiating, meaning, name_of
 from .forward import Forward
 from .rules.table import find_definition, find_rule
@@ -90,7 +93,7 @@ def checkpoint(f: Callable, policy: Policy | None = None) -> Callable:
             again = Tape()
             second = _Keeper(policy, list(first.kept), replay=again)
             line = source.user_line() if source.capturing else ""
-            with torch.no_grad():
+            with gradient_mode.differentiating():
                 with again, source.attributed(line, "recomputed"):
                     watched = [again.watch(x) if tape.node(x) is not None else x for x in inputs]
                     for (raw, _), x in zip(outside, watched[len(given) :]):
@@ -129,7 +132,8 @@ class _Keeper(Tracer):
             map_tree(self._note, (args, kwargs))
         elif self.unread:
             map_tree(lambda x: self.unread.discard(id(x)), (args, kwargs))
-        chosen = torch.Tag.nondeterministic_seeded in func.tags
+        random = draws(func, args, kwargs)
+        chosen = random
         if not chosen and self.policy is not None and not operator_traits(func).is_view:
             chosen = self.policy(func, None)
         if not chosen:
@@ -137,10 +141,14 @@ class _Keeper(Tracer):
         if find_rule(func) is None and (found := find_definition(func)) is not None:
             return descend(self, func, found, args, kwargs)  # the same parts in both runs
         if self.replay is None:
+            source = _stream() if random else None
+            place = source.drawn if source is not None else 0
             out = func(*args, **kwargs)
-            self.kept.append((func, out))
+            self.kept.append((func, out if source is None else partial(source.draw, place)))
             return out
         out = self._next(func)
+        if isinstance(out, partial):
+            return out(func, args, kwargs)
         return out if self.replay._paused is not None else self.replay.record(func, args, kwargs, known=out)
 
     def named(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -170,6 +178,16 @@ class _Keeper(Tracer):
             raise _diverged(str(what))
         alias = lambda x: torch.ops.aten.alias.default(x) if isinstance(x, torch.Tensor) else x
         return map_tree(alias, self.kept.pop(0)[1])
+
+
+def _stream() -> stream | None:
+    """The innermost `nf.random.stream`, if what is drawn now comes from it, not from a checkpoint that is run again."""
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        if isinstance(mode, stream):
+            return mode
+        if isinstance(mode, _Keeper) and mode.replay is not None:
+            return None
+    return None
 
 
 def _diverged(what: str) -> DifferentiationError:

@@ -6,6 +6,7 @@ inside the rule, so that higher derivatives follow from it.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from functools import update_wrapper
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import DifferentiationError
+from ..graph import gradient_mode
+from ..graph.capture import Capture
 from ..graph.source import user_line
 from ..graph.tracer import Tracer
+from ..graph.tree import tree_flatten, tree_map, tree_unflatten
 from .forward import Forward
 from .tape import Tape
 from .transforms import vjp
@@ -34,7 +37,8 @@ class custom_vjp:
 
     `fwd(*args) -> (output, residuals)` and `bwd(residuals, cotangent) -> tuple` with a cotangent (or None) for each
     argument, structured like it. Arguments, output and residuals are pytrees. Second derivatives go through `fwd` and
-    `bwd`. Raises DifferentiationError for forward mode, which has no rule here, and for a function that closes over a
+    `bwd`; for a function that can't be differentiated otherwise, let `fwd` call the custom_vjp itself (`lambda x: (f(x), x)`),
+    and give what `bwd` calls a rule too. Raises DifferentiationError for forward mode, which has no rule here, and for a function that closes over a
     differentiated tensor, which the rule can't give a cotangent.
     """
 
@@ -48,12 +52,13 @@ class custom_vjp:
     def defvjp(self, fwd: Callable, bwd: Callable) -> None:
         self.fwd, self.bwd = fwd, bwd
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = positional(self.f, args, kwargs)
         if self.fwd is None:
             raise DifferentiationError(f"{user_line()}: {self.__name__} has no rule yet; give it one with .defvjp(fwd, bwd).")
         tracer = differentiating(args)
         if tracer is None:
-            return self.f(*args)
+            return plain(self, self.f, args)
         if isinstance(tracer, Forward):
             raise DifferentiationError(
                 f"{user_line()}: forward mode through {self.__name__}, which has a custom reverse rule only. Use "
@@ -67,18 +72,38 @@ class custom_vjp:
         refuse_closure(self.__name__, inputs, read)
         outputs, out_tree = tree_flatten(out)
         like = [(y.shape, y.dtype, y.device) if isinstance(y, torch.Tensor) else None for y in outputs]
+        line = user_line()
 
         def pull(gs: list) -> list:
-            filled = [torch.zeros(k[0], dtype=k[1], device=k[2]) if g is None and k else g for g, k in zip(gs, like)]
+            filled = [zeros(k) if g is None and k else g for g, k in zip(gs, like)]
             back = self.bwd(residuals, tree_unflatten(filled, out_tree))
-            return self._cotangents(back, args, in_tree)
+            return self._cotangents(back, args, line)
 
         return tree_unflatten(tracer.attach(outputs, inputs, pull, self.__name__), out_tree)
 
-    def _cotangents(self, back: Any, args: tuple, in_tree: Any) -> list:
+    def batched(self, vmap: Callable, axes: tuple) -> custom_vjp:
+        """The function over an axis of its arguments (`axes`: 0, or None for what isn't batched), with the rule likewise."""
+        function = custom_vjp(vmap(self.f, axes))
+        function.__name__ = self.__name__
+
+        def bwd(residuals: Any, g: Any) -> tuple:
+            back = vmap(self.bwd, (batch_axes(residuals), batch_axes(g)))(residuals, g)
+            if not isinstance(back, (tuple, list)) or len(back) != len(axes):
+                return back  # refused
+            reduced = []
+            for b, a in zip(back, axes):
+                flat, tree = tree_flatten(b)
+                spread = [None] * len(flat) if b is None else tree_flatten(a, is_leaf=lambda x: x is None)[0]
+                reduced.append(tree_unflatten([g.sum(0) if s is None and g is not None else g for g, s in zip(flat, spread)], tree))
+            return tuple(reduced)
+
+        function.defvjp(vmap(self.fwd, axes), bwd)
+        return function
+
+    def _cotangents(self, back: Any, args: tuple, line: str) -> list:
         if not isinstance(back, (tuple, list)) or len(back) != len(args):
             raise DifferentiationError(
-                f"the backward rule of {self.__name__} must return a tuple of {len(args)} cotangents, one for each "
+                f"{line}: the backward rule of {self.__name__} must return a tuple of {len(args)} cotangents, one for each "
                 f"argument (None for none), and returned {type(back).__name__}"
                 + (f" of {len(back)}." if isinstance(back, (tuple, list)) else ".")
             )
@@ -88,13 +113,13 @@ class custom_vjp:
             given = [None] * len(leaves) if cotangent is None else tree_flatten(cotangent)[0]
             if len(given) != len(leaves):
                 raise DifferentiationError(
-                    f"the backward rule of {self.__name__} returned a cotangent of {len(given)} leaves for an argument of "
+                    f"{line}: the backward rule of {self.__name__} returned a cotangent of {len(given)} leaves for an argument of "
                     f"{len(leaves)}; they must have the same structure."
                 )
             for g, x in zip(given, leaves):
                 if g is not None and isinstance(x, torch.Tensor) and g.shape != x.shape:
                     raise DifferentiationError(
-                        f"the backward rule of {self.__name__} returned a cotangent of shape {tuple(g.shape)} for an "
+                        f"{line}: the backward rule of {self.__name__} returned a cotangent of shape {tuple(g.shape)} for an "
                         f"argument of shape {tuple(x.shape)}."
                     )
             flat += given
@@ -123,12 +148,13 @@ class custom_jvp:
     def defjvp(self, rule: Callable) -> None:
         self.rule = rule
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = positional(self.f, args, kwargs)
         if self.rule is None:
             raise DifferentiationError(f"{user_line()}: {self.__name__} has no rule yet; give it one with .defjvp(rule).")
         tracer = differentiating(args)
         if tracer is None:
-            return self.f(*args)
+            return plain(self, self.f, args)
         args = meaning(tracer, args)
         inputs, in_tree = tree_flatten(args)
         if isinstance(tracer, Forward):
@@ -143,7 +169,7 @@ class custom_jvp:
                     y.__dict__[tracer.key] = meaning(tracer, t)
             return tree_unflatten(outputs, out_tree)
         with tracer.paused() as read:
-            outputs, out_tree = tree_flatten(self.f(*args))
+            outputs, out_tree = tree_flatten(self(*args))  # not self.f: transforms further out use the rule too
 
             def along(*tangents: torch.Tensor) -> list:
                 left = iter(tangents)
@@ -159,6 +185,20 @@ class custom_jvp:
             return [next(back) if _moves(x) else None for x in inputs]
 
         return tree_unflatten(tracer.attach(outputs, inputs, pull, self.__name__), out_tree)
+
+    def batched(self, vmap: Callable, axes: tuple) -> custom_jvp:
+        """See custom_vjp.batched."""
+        function = custom_jvp(vmap(self.f, axes))
+        function.__name__ = self.__name__
+
+        def rule(primals: tuple, tangents: tuple) -> tuple:
+            still = lambda a, t: a if isinstance(t, torch.Tensor) else None
+            flat, tree = tree_flatten(axes, is_leaf=lambda x: x is None)
+            along = tree_unflatten([still(a, t) for a, t in zip(flat, tree_flatten(tangents)[0])], tree)
+            return vmap(self.rule, (axes, along))(primals, tangents)
+
+        function.defjvp(rule)
+        return function
 
     def _tangents(self, outputs: list, moved: Any, out_tree: Any) -> list:
         """The tangent of each output leaf; None for what doesn't move."""
@@ -176,6 +216,33 @@ class custom_jvp:
         return [t if isinstance(t, torch.Tensor) and _moves(y) else None for y, t in zip(outputs, flat)]
 
 
+def positional(f: Callable, args: tuple, kwargs: dict) -> tuple:
+    """The arguments of a call of `f`, all by position."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    if bound.kwargs:
+        raise DifferentiationError(
+            f"{user_line()}: {name_of(f)} has a derivative rule of its own, which gets its arguments by position; "
+            f"{', '.join(bound.kwargs)} can only be given by keyword."
+        )
+    return bound.args
+
+
+def zeros(like: tuple) -> torch.Tensor:
+    """Of a shape, dtype and device."""
+    return torch.zeros(like[0], dtype=like[1], device=like[2])
+
+
+def plain(function: Any, f: Callable, args: tuple) -> Any:
+    """`f(*args)`, nothing of which is differentiated here. Inside vmap, a transform further out may want to, so that
+    `function`, which has the derivative, stays whole."""
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        if isinstance(mode, Capture) and mode.whole and mode._paused is None and not gradient_mode.state.off:
+            return mode.record_whole(function, f, args)
+    return f(*args)
+
+
 def _moves(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
 
@@ -183,6 +250,11 @@ def _moves(x: Any) -> bool:
 def _tangent(tracer: Forward, x: Any) -> Any:
     t = tracer.tangent(x)
     return torch.zeros_like(x) if t is None and _moves(x) else t
+
+
+def batch_axes(tree: Any) -> Any:
+    """For vmap's in_axes: axis 0 of every tensor."""
+    return tree_map(lambda x: 0 if isinstance(x, torch.Tensor) and x.dim() else None, tree)
 
 
 def name_of(f: Callable) -> str:
@@ -218,12 +290,17 @@ def refuse_closure(name: str, inputs: list, read: dict[int, torch.Tensor]) -> No
 
 def differentiating(args: Any) -> Tape | Forward | None:
     """The innermost tape or forward mode in which any of the tensors among `args` is tracked."""
+    found = all_differentiating(args)
+    return found[-1] if found else None
+
+
+def all_differentiating(args: Any) -> list[Tape | Forward]:
+    """Those tapes and forward modes, the outermost first."""
+    modes = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, (Tape, Forward)) and m._paused is None]
+    if not modes or gradient_mode.state.off:
+        return []
     tensors = [x for x in tree_flatten(args)[0] if isinstance(x, torch.Tensor)]
-    for mode in reversed(_get_current_dispatch_mode_stack()):
-        if isinstance(mode, (Tape, Forward)) and mode._paused is None:
-            if any(mode.key in meaning(mode, x).__dict__ for x in tensors):
-                return mode
-    return None
+    return [mode for mode in modes if any(mode.key in meaning(mode, x).__dict__ for x in tensors)]
 
 
 _numbers = itertools.count()
@@ -232,14 +309,32 @@ _numbers = itertools.count()
 def opaque(f: Callable, shape: Callable) -> Callable:
     """A function that PyTorch can't see into (NumPy, C, CUDA called by pointer) as one operator, so that it can be
     captured, jitted and given a derivative with custom_vjp or custom_jvp. `f` takes tensors and returns a tensor or a
-    tuple of them, new ones; `shape`, called with the same arguments as fake tensors, returns empty tensors of the
-    results' shapes and dtypes. Under vmap it is called for one example after another."""
+    tuple of them; `shape`, called with the same arguments as fake tensors, returns empty tensors of the results' shapes
+    and dtypes. Under vmap it is called for one example after another.
+
+    Raises DifferentiationError for an argument that isn't a tensor, and where `f` returns something else than `shape` says.
+    """
     name = f"opaque_{name_of(f).strip('<>')}_{next(_numbers)}"
     single: list[bool] = []
 
+    promised: dict[tuple, list] = {}  # for arguments of these shapes and dtypes, the results'
+
     def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        kinds = tuple([(x.shape, x.dtype) for x in inputs])
+        if kinds not in promised:
+            with FakeTensorMode():
+                fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
+                promised[kinds] = [(y.shape, y.dtype) for y in fake(fakes)]
         out = f(*inputs)
-        return [out] if isinstance(out, torch.Tensor) else list(out)
+        outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+        found = [(y.shape, y.dtype) if isinstance(y, torch.Tensor) else type(y).__name__ for y in outputs]
+        if found != promised[kinds]:
+            raise DifferentiationError(
+                f"{user_line()}: {name_of(f)} returned {_told(found)}, and its shape function says "
+                f"{_told(promised[kinds])}. They must agree."
+            )
+        given = {x.untyped_storage()._cdata for x in inputs}
+        return [y.clone() if y.untyped_storage()._cdata in given else y for y in outputs]
 
     def fake(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         out = shape(*inputs)
@@ -256,6 +351,12 @@ def opaque(f: Callable, shape: Callable) -> Callable:
     op.register_vmap(each)
 
     def operator(*tensors: torch.Tensor) -> Any:
+        for x in tensors:
+            if not isinstance(x, torch.Tensor):
+                raise DifferentiationError(
+                    f"{user_line()}: {name_of(f)}, made an operator by nf.opaque, was given {x!r} ({type(x).__name__}); expected "
+                    f"tensors. Bind other arguments beforehand, with functools.partial or a closure."
+                )
         out = op(list(tensors))
         if not single:
             with _disable_current_modes(), FakeTensorMode():
@@ -264,3 +365,8 @@ def opaque(f: Callable, shape: Callable) -> Callable:
         return out[0] if single[0] else tuple(out)
 
     return update_wrapper(operator, f)
+
+
+def _told(results: list) -> str:
+    """Shapes and dtypes in words."""
+    return ", ".join(f"{tuple(r[0])} {r[1]}" if isinstance(r, tuple) else str(r) for r in results)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..graph import source
+from ..graph import gradient_mode, source
 from ..graph.ir import op_name
 from ..graph.tracer import Tracer
 from .rules.table import find_definition, find_rule
@@ -16,6 +16,8 @@ from .tape import descend, missing_rule
 
 class Forward(Tracer):
     """Dual numbers: a tensor made inside holds its tangent, if it has one."""
+
+    constant = Tracer.paused
 
     def watch(self, x: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
         """An alias of `x` to compute with, moving along `tangent` (same shape and dtype)."""
@@ -35,7 +37,7 @@ class Forward(Tracer):
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         tangents = [self.tangent(a) for a in args]
         in_kwargs = any(self.tangent(v) is not None for v in kwargs.values())
-        if not in_kwargs and all(t is None for t in tangents):
+        if gradient_mode.state.off or not in_kwargs and all(t is None for t in tangents):
             return func(*args, **kwargs)
         found = find_rule(func)
         if found is None or in_kwargs or not found.forward:

@@ -6,10 +6,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import DifferentiationError
+from ..graph import gradient_mode
 from ..graph.source import user_line
+from ..graph.tree import tree_flatten, tree_unflatten
 from .tape import Tape
 from .transforms import _check_input
 
@@ -33,17 +34,17 @@ class GradientTape:
         self.persistent = persistent
         self._tape = Tape()
         self._spent = False
-        self._no_grad = torch.no_grad()
+        self._mode = gradient_mode.differentiating()
         self._watched: list[torch.Tensor] = []
 
     def __enter__(self) -> GradientTape:
-        self._no_grad.__enter__()
+        self._mode.__enter__()
         self._tape.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._tape.__exit__(kind, error, trace)
-        self._no_grad.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)
         written = self._tape.live_writes()
         if written and error is None:
             raise DifferentiationError(
@@ -87,7 +88,7 @@ class GradientTape:
                 what = f"a tensor of {y.dtype}" if isinstance(y, torch.Tensor) else type(y).__name__
                 raise DifferentiationError(f"{user_line()}: the gradient of {what}; expected real tensors.")
         self._spent = not self.persistent
-        with torch.no_grad():
+        with gradient_mode.no_autograd():
             targets = [tape.now(y) for y in targets]
             grads = tape.pull(targets, [torch.ones_like(y) for y in targets], flat, keep=self.persistent)
             found = [torch.zeros_like(x) if g is None else g for x, g in zip(flat, grads)]

@@ -7,11 +7,11 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import DifferentiationError
 from ..graph.source import user_line
-from .transforms import jvp, vjp
+from ..graph.tree import tree_flatten, tree_map, tree_unflatten
+from .transforms import _check_input, jvp, vjp
 from .vmap import vmap
 
 
@@ -36,7 +36,8 @@ def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
                 return pullback(tree_unflatten([*zeros[:i], e, *zeros[i + 1 :]], out_tree))
 
             flat = vmap(pull)(_basis(y))
-            rows.append(tree_map(lambda g, y=y: g.reshape((*y.shape, *g.shape[1:])), _pick(flat, argnums)))
+            shaped = lambda g, y=y: None if g is None else g.reshape((*y.shape, *g.shape[1:]))
+            rows.append(tree_map(shaped, _pick(flat, argnums)))
         return tree_unflatten(rows, out_tree)
 
     return jacobian
@@ -50,9 +51,11 @@ def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         chosen, call = _split(f, argnums, args, kwargs)
         inputs, in_tree = tree_flatten(tuple(chosen))
-        zeros = [torch.zeros_like(x) for x in inputs]
+        zeros = [None if x is None else torch.zeros_like(x) for x in inputs]
         columns = []  # for each input leaf, the outputs' derivatives, input elements first
         for i, x in enumerate(inputs):
+            if x is None:
+                continue
 
             def push(e: torch.Tensor, i: int = i) -> Any:
                 return jvp(call, tuple(chosen), tree_unflatten([*zeros[:i], e, *zeros[i + 1 :]], in_tree))[1]
@@ -61,7 +64,11 @@ def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
         out_tree = columns[0][1]
         rows = []
         for j in range(out_tree.num_leaves):
-            leaves = [c[0][j].reshape((*c[0][j].shape[:-1], *x.shape)) for c, x in zip(columns, inputs)]
+            column = iter(columns)
+            leaves = []
+            for x in inputs:
+                d = None if x is None else next(column)[0][j]
+                leaves.append(None if x is None else d.reshape((*d.shape[:-1], *x.shape)))
             rows.append(_pick(tree_unflatten(leaves, in_tree), argnums))
         return tree_unflatten(rows, out_tree)
 
@@ -103,6 +110,7 @@ def _split(f: Callable, argnums: int | tuple[int, ...], args: tuple, kwargs: dic
 
     chosen = [args[n] for n in which]
     for x in tree_flatten(chosen)[0]:
+        _check_input(x)
         _check_real(x, "an argument")
     return chosen, call
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 
 from ..errors import DifferentiationError
-from ..graph import source
+from ..graph import gradient_mode, source
 from ..graph.ir import op_name
 from ..graph.tracer import Tracer
+from ..graph.without_sympy import numbers_only
 from .rules.table import Joint, find_definition, find_rule
 
 _order = itertools.count()
@@ -44,6 +46,8 @@ class Node:
 
 class Tape(Tracer):
     """Records what is computed from watched tensors; `pull` carries cotangents back to them."""
+
+    constant = Tracer.paused
 
     def watch(self, x: torch.Tensor) -> torch.Tensor:
         """An alias of `x` to compute with: derivatives are taken with respect to it."""
@@ -69,6 +73,8 @@ class Tape(Tracer):
                 tracked = True
         in_kwargs = any(_parents(v, key) for v in kwargs.values()) if kwargs else False
         if not tracked and not in_kwargs:
+            return func(*args, **kwargs) if known is None else known
+        if gradient_mode.state.off:
             return func(*args, **kwargs) if known is None else known
         found = find_rule(func)
         if found is None or in_kwargs:
@@ -127,8 +133,8 @@ class Tape(Tracer):
     def pull(
         self, outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[torch.Tensor], keep: bool = False
     ) -> list[torch.Tensor | None]:
-        """Cotangents of `inputs` (watched, or computed from those), given those of the `outputs`; None where nothing arrives. The tape is
-        consumed unless `keep`."""
+        """Cotangents of `inputs` (watched, or computed from those; None is left out), given those of the `outputs`; None
+        where nothing arrives. The tape is consumed unless `keep`."""
         pending: dict[Node, list] = {}
         heap: list[tuple[int, Node]] = []  # the latest first
 
@@ -138,7 +144,7 @@ class Tape(Tracer):
             if slots is None:
                 slots = pending[node] = [None] * (node.results or 1)
                 heapq.heappush(heap, (-node.order, node))
-            slots[index] = g if slots[index] is None else slots[index] + g
+            slots[index] = g if slots[index] is None else _added(slots, index, g)
 
         for out, g in zip(outputs, cotangents):
             at = self.node(out)
@@ -147,6 +153,8 @@ class Tape(Tracer):
         del cotangents
         wanted: dict[Node, list[tuple[int, int]]] = {}
         for i, x in enumerate(inputs):
+            if x is None:
+                continue
             node, index = self.node(x)
             wanted.setdefault(node, []).append((i, index))
         found: list[torch.Tensor | None] = [None] * len(inputs)
@@ -184,6 +192,22 @@ class Tape(Tracer):
         return found
 
 
+def _added(slots: list, index: int, g: torch.Tensor) -> torch.Tensor:
+    """slots[index] + g; in place where nobody else can see it: a cotangent that is nothing but this sum, in eager code."""
+    total = slots[index]
+    if (
+        not torch._C._len_torch_dispatch_stack()
+        and sys.getrefcount(total) == 3  # in `slots`, here, and as getrefcount's argument
+        and total._use_count() == 1
+        and torch._C._storage_Use_Count(total.untyped_storage()._cdata) == 2  # and the object made for asking
+        and total.is_contiguous()
+        and total.shape == g.shape
+        and total.dtype == g.dtype
+    ):
+        return total.add_(g)
+    return total + g
+
+
 def fit(g: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """A cotangent in its argument's shape and dtype: undo broadcasting and type promotion."""
     if g.shape != shape:
@@ -203,7 +227,7 @@ def descend(tracer: Tracer, func: Any, definition: Callable, args: tuple, kwargs
         raise missing_rule(func)
     tracer.descents.append(func)
     try:
-        with tracer:
+        with tracer, numbers_only():
             return definition(*args, **kwargs)
     finally:
         tracer.descents.pop()
@@ -212,6 +236,12 @@ def descend(tracer: Tracer, func: Any, definition: Callable, args: tuple, kwargs
 def missing_rule(func: Any) -> DifferentiationError:
     name = op_name(func)
     short = name.removeprefix("aten.").replace(".", "::", 1) if not name.startswith("aten.") else name[5:]
+    if short.startswith("neuralforge_user::"):
+        return DifferentiationError(
+            f"{source.user_line()}: {name}, made by nf.opaque, has neither a derivative rule nor a definition. Wrap the call in "
+            f"nf.custom_vjp or nf.custom_jvp, which give it one; for second derivatives let the rule's fwd call the wrapped "
+            f"function, and wrap what its bwd calls too."
+        )
     return DifferentiationError(
         f"{source.user_line()}: {name} has neither a derivative rule nor a definition in simpler operators. Write one "
         f'with `from neuralforge.autograd.rules import rule, linear, diagonal`: @rule("{short}") on a function of the '

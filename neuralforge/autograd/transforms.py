@@ -11,10 +11,11 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import DifferentiationError
+from ..graph import gradient_mode
 from ..graph.source import user_line
+from ..graph.tree import tree_flatten, tree_map, tree_unflatten
 from .forward import Forward
 from .tape import Tape
 
@@ -24,7 +25,7 @@ def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
 
     `f` returns one real scalar tensor (shape []), or `(scalar, aux)` with `has_aux`, when the first result is
     `(scalar, aux)` too. The gradient is a pytree like argument `argnums` (a tuple of them for a tuple of argnums),
-    each leaf with its argument's shape and dtype. An argument that `f` doesn't use has a gradient of zeros.
+    each leaf with its argument's shape and dtype (None for None). An argument that `f` doesn't use has a gradient of zeros.
 
     Raises DifferentiationError for a result that isn't a real scalar, an argument that isn't floating point or
     complex, and an operator without a derivative rule.
@@ -39,7 +40,7 @@ def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
                 f"arguments must be passed by position."
             )
         tape = Tape()
-        with torch.no_grad():
+        with gradient_mode.differentiating():
             with tape:
                 watched, leaves = _watch(tape, [args[n] for n in which])
                 full = list(args)
@@ -50,7 +51,7 @@ def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
             del out, full, watched
             _check_scalar(loss)
             grads = tape.pull([loss], [torch.ones_like(loss)], leaves)
-            flat = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)]
+            flat = _filled(grads, leaves)
             tape.write_back()
         trees = [tree_flatten(args[n])[1] for n in which]
         result, at = [], 0
@@ -79,7 +80,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     """`(f(*primals), pullback)`. `pullback(cotangent)`, of a pytree like the output, gives a tuple of cotangents, one
     for each primal; it may be called any number of times."""
     tape = Tape()
-    with torch.no_grad():
+    with gradient_mode.differentiating():
         with tape:
             watched, leaves = _watch(tape, primals)
             out = tree_map(tape.now, f(*watched))
@@ -103,25 +104,36 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
                     f"{user_line()}: a cotangent of shape {tuple(g.shape)} for an output of shape {tuple(y.shape)}; "
                     f"they must be equal."
                 )
-        with torch.no_grad():
+        with gradient_mode.no_autograd():
             grads = tape.pull(flat_out, flat, leaves, keep=True)
-            return tree_unflatten([torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)], in_tree)
+            return tree_unflatten(_filled(grads, leaves), in_tree)
 
     return out, pullback
 
 
 def jvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     """`(f(*primals), tangent of the output)` along `tangents`, pytrees like `primals`."""
+    for what, given in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(given, (tuple, list)):
+            raise DifferentiationError(
+                f"{user_line()}: {what} are {type(given).__name__}; expected a tuple, with an entry for each argument of the "
+                f"function. For a function of one argument write (x,)."
+            )
     flat, tree = tree_flatten(tuple(primals))
     moves, move_tree = tree_flatten(tuple(tangents))
     if tree != move_tree:
         raise DifferentiationError(f"{user_line()}: the tangents' structure {move_tree} differs from {tree}.")
     forward = Forward()
-    with torch.no_grad():
+    with gradient_mode.differentiating():
         with forward:
             watched = []
             for x, t in zip(flat, moves):
                 _check_input(x)
+                if x is None:
+                    watched.append(None)
+                    continue
+                if not isinstance(t, torch.Tensor):
+                    raise DifferentiationError(f"{user_line()}: a tangent that is {t!r} for an input of shape {tuple(x.shape)}.")
                 if t.shape != x.shape or t.dtype != x.dtype:
                     raise DifferentiationError(
                         f"{user_line()}: a tangent of shape {tuple(t.shape)} and dtype {t.dtype} for an input of shape "
@@ -141,7 +153,7 @@ def _tangent(forward: Forward, y: Any) -> Any:
 def hvp(f: Callable, primals: tuple, tangents: tuple) -> Any:
     """The product of the Hessian of the scalar function `f` at `primals` with `tangents`: forward over reverse, so at
     a small multiple of the gradient's cost and memory (Pearlmutter 1994). A tuple like `primals`."""
-    argnums = tuple(range(len(primals)))
+    argnums = tuple(range(len(primals) if isinstance(primals, (tuple, list)) else 1))
     return jvp(grad(f, argnums), primals, tangents)[1]
 
 
@@ -154,11 +166,23 @@ def _watch(tape: Tape, args: Any) -> tuple[Any, list[torch.Tensor]]:
     flat, tree = tree_flatten(args)
     for leaf in flat:
         _check_input(leaf)
-    watched = [tape.watch(leaf) for leaf in flat]
+    watched = [None if leaf is None else tape.watch(leaf) for leaf in flat]
     return tree_unflatten(watched, tree), watched
 
 
+def _filled(grads: list, like: list) -> list:
+    """Zeros where no gradient has arrived, None for None."""
+    return [torch.zeros_like(x) if g is None and x is not None else g for g, x in zip(grads, like)]
+
+
 def _check_input(x: Any) -> None:
+    if x is None:  # as a leaf of a pytree it is nothing
+        return
+    if isinstance(x, torch.nn.Module):
+        raise DifferentiationError(
+            f"{user_line()}: can't differentiate with respect to a module ({type(x).__name__}). Pass its parameters, "
+            f"dict(module.named_parameters()), and call torch.func.functional_call(module, parameters, inputs) with them."
+        )
     if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()):
         what = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"{x!r} ({type(x).__name__})"
         raise DifferentiationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from .ir import Equation, Graph, Value, map_tree
@@ -14,14 +15,15 @@ class Builder:
 
     def __init__(self, graph: Graph):
         self.equations: list[Equation] = []
+        known = (*graph.inputs, *graph.constants, *(v for eq in graph.equations[:1] for v in eq.results))
+        self._mode = known[0].fake.fake_mode if known else nullcontext()
         self._taken = {v.name for v in (*graph.inputs, *graph.constants)}
         self._taken.update(v.name for eq in graph.equations for v in eq.results)
         self._next = len(self._taken)
 
     def emit(self, op: Callable, *args: Any, source: str = "", origin: str = "", **kwargs: Any) -> Any:
         fakes = map_tree(lambda leaf: leaf.fake if isinstance(leaf, Value) else leaf, (args, kwargs))
-        mode = next(leaf.fake.fake_mode for leaf in _values(args))
-        with mode:
+        with self._mode:
             out = op(*fakes[0], **fakes[1])
         outputs = map_tree(lambda leaf: self._value(leaf) if hasattr(leaf, "stride") else leaf, out)
         self.equations.append(Equation(op, args, kwargs, outputs, source, origin))
@@ -33,8 +35,3 @@ class Builder:
         self._taken.add(f"v{self._next}")
         return Value(f"v{self._next}", fake)
 
-
-def _values(args: tuple) -> list[Value]:
-    found: list[Value] = []
-    map_tree(lambda leaf: found.append(leaf) if isinstance(leaf, Value) else None, args)
-    return found

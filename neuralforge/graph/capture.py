@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,19 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import CaptureError
-from . import source
+from ..memory import paused_collector
+from . import gradient_mode, source
+from .fake import TENSORS, FakeMode, storage_of
 from .ir import Equation, Graph, Value, map_tree
-from .source import origin, user_line
-from .tracer import Tracer, operator_traits
+from .source import line_of, origin, user_line
+from .tracer import Tracer
+from .tree import TreeSpec, tree_flatten, tree_unflatten
+
+aten = torch.ops.aten
 
 _BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
 
@@ -38,92 +41,29 @@ class Captured:
     """Positions, among the graph's inputs, of the arguments written in place."""
 
 
-class _Uncached(Exception):
-    """An argument that isn't described by its type alone."""
+@dataclass(eq=False)
+class Whole:
+    """What an equation applies that stands for a call of a function with a derivative rule of its own. The equation has
+    the flattened arguments; they are called with `args(flat)`. Only `vmap` meets such equations."""
 
-
-class FakeMode(FakeTensorMode):
-    """PyTorch's fake tensors, without the wrapper that imports torch._dynamo (0.9 s) at the first operator, and with a
-    cache of its own: PyTorch's, which serves symbolic shapes too, takes most of the time of a capture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[tuple, tuple] = {}  # operator and argument types -> how to make the results
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace != "aten" or not operator_traits(func).pure or self.in_kernel_invocation:
-            return self.dispatch(func, types, args, kwargs)
-        try:
-            key = (func, torch.get_default_dtype(), self._type(args), self._type(tuple(kwargs.items())))
-            known = self._seen.get(key)
-        except (_Uncached, TypeError):  # TypeError: an argument that can't be hashed
-            return self.dispatch(func, types, args, kwargs)
-        if known is None:
-            out = self.dispatch(func, types, args, kwargs)
-            self._remember(key, args, out)
-            return out
-        kind, storage_of_first, results = known
-        storage = args[0].untyped_storage() if storage_of_first else None
-        made = [self._make(storage, *r) for r in results]
-        return made[0] if kind is None else kind(made)
-
-    def _type(self, x: Any) -> tuple:
-        """Of an argument, all that the results' shapes, strides and dtypes can depend on."""
-        if isinstance(x, torch.Tensor):
-            if not self._plain(x):
-                raise _Uncached
-            return x.shape, x.stride(), x.storage_offset(), x.dtype, x.device
-        if isinstance(x, (list, tuple)):
-            return type(x), *map(self._type, x)
-        return type(x), x
-
-    def _plain(self, x: Any) -> bool:
-        known = type(x) is FakeTensor and x.fake_mode is self and x.constant is None
-        return known and x.layout == torch.strided and not x.dtype.is_complex  # complex: lazy conjugates
-
-    def _remember(self, key: tuple, args: tuple, out: Any) -> None:
-        """Keep the types of results that are all new, or all views of the first argument."""
-        results = out if isinstance(out, (list, tuple)) else (out,)
-        if not all(map(self._plain, results)):
-            return
-        given: list[int] = []
-        map_tree(lambda x: given.append(_storage(x)) if isinstance(x, torch.Tensor) else None, args)
-        shared = [_storage(r) in given for r in results]
-        of_first = all(shared) and isinstance(args[0], torch.Tensor) and all(_storage(r) == given[0] for r in results)
-        if of_first or not any(shared) and not any(r.storage_offset() for r in results):
-            types = [(r.shape, r.stride(), r.storage_offset(), r.dtype, r.device) for r in results]
-            kind = None if results is not out else list if isinstance(out, list) else tuple
-            self._seen[key] = kind, of_first, types
-
-    def _make(self, storage: Any, shape: Any, strides: Any, offset: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
-        with torch._C._DisableTorchDispatch():
-            if storage is None:
-                meta = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-            else:
-                meta = torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, shape, strides)
-        return FakeTensor(self, meta, device)
-
-
-def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    function: Any
+    args: Callable[[list], tuple]
 
 
 class Capture(Tracer):
-    """Records every operator as an equation. Tensors that come from outside become constants, by reference."""
+    """Records every operator as an equation. Tensors that come from outside become constants, by reference. With
+    `whole`, calls of functions with derivative rules of their own are one equation each."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = False) -> None:
         super().__init__()
+        self.whole = whole
         self.graph = Graph()
         self.fake_mode = FakeMode()
         self._values: dict[int, Value] = {}  # id of a fake tensor -> its value, which keeps the tensor alive
         self._constants: dict[int, Value] = {}
         self._partial: set[int] = set()  # storages of inputs that are views of larger tensors outside
         self._names = itertools.count()
+        self._constants_only = False
 
     def input(self, tensor: torch.Tensor) -> torch.Tensor:
         """A new graph input shaped like `tensor`; returns the fake tensor that stands for it."""
@@ -132,11 +72,13 @@ class Capture(Tracer):
         return value.fake
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func.overloadpacket in _BY_STORAGE and _storage(args[0]) in self._partial:
+        if func.overloadpacket in _BY_STORAGE and storage_of(args[0]) in self._partial:
             raise CaptureError(
                 f"{user_line()}: {func} reads the memory around a tensor that is itself a part of a larger one, which a "
                 f"graph doesn't see. Use slicing, unfold or diagonal, or pass the larger tensor."
             )
+        if (gradient_mode.state.off or self._constants_only) and func is not aten.detach.default:
+            args, kwargs = map_tree(self._detach, (args, kwargs))  # vmap's graphs are differentiated later
         arg_values, kwarg_values = map_tree(self.value, args), map_tree(self.value, kwargs)
         fakes = map_tree(lambda leaf: leaf.fake if isinstance(leaf, Value) else leaf, (arg_values, kwarg_values))
         try:
@@ -147,12 +89,49 @@ class Capture(Tracer):
         self.graph.equations.append(Equation(func, arg_values, kwarg_values, outputs, user_line(), origin()))
         return out
 
+    @contextmanager
+    def constant(self) -> Iterator[None]:
+        before, self._constants_only = self._constants_only, True
+        try:
+            yield
+        finally:
+            self._constants_only = before
+
+    def _detach(self, x: Any) -> Any:
+        return self.record(aten.detach.default, (x,), {}) if isinstance(x, torch.Tensor) else x
+
+    def record_whole(self, function: Any, f: Callable, args: tuple) -> Any:
+        """The result of `f(*args)`, which `function` computes with a derivative of its own, as one equation."""
+        flat, tree = tree_flatten(args)
+        given = [self.value(self.now(x)) for x in flat]
+        before = len(self.graph.equations)
+        out, out_tree = tree_flatten(f(*args))
+        out = [aten.alias.default(y) if isinstance(y, torch.Tensor) else y for y in out]
+        parts = self.graph.equations[before:]
+        known = {*(v for eq in parts for v in eq.results), *(v for v in given if isinstance(v, Value)), *self.graph.constants}
+        closed = [v for eq in parts for v in eq.inputs if v not in known]
+        if closed:
+            raise CaptureError(
+                f"{user_line()}: {function.__name__} has a derivative rule of its own and closes over a tensor of shape "
+                f"{tuple(closed[0].shape)} of the function given to vmap. Pass it as an argument."
+            )
+        outputs = [self.value(y) for y in out]
+        self.graph.equations[before:] = [
+            Equation(Whole(function, lambda leaves: tree_unflatten(leaves, tree)), tuple(given), {}, outputs, user_line())
+        ]
+        return tree_unflatten(out, out_tree)
+
     def value(self, x: Any) -> Any:
         """The graph's value for a tensor (a new constant if the tensor comes from outside); other things unchanged."""
         if not isinstance(x, torch.Tensor):
             return x
         if isinstance(x, FakeTensor) and x.fake_mode is self.fake_mode:
             return self._values.get(id(x)) or self._new(x)
+        if isinstance(x, FakeTensor) and getattr(x.fake_mode, "finished", False):
+            raise CaptureError(
+                f"{user_line()}: a tensor of shape {tuple(x.shape)} that was made while another function was captured, and "
+                f"outlives that. It has no values: return what is needed outside from that function."
+            )
         if id(x) not in self._constants:
             value = self._constants[id(x)] = self._new(self._fake(x))
             self.graph.constants[value] = x
@@ -167,6 +146,11 @@ class Capture(Tracer):
             )
 
     def _fake(self, x: torch.Tensor) -> torch.Tensor:
+        if type(x) not in TENSORS:
+            raise CaptureError(
+                f"{user_line()}: a tensor of class {type(x).__name__} can't be captured, as what its class does would be "
+                f"lost; expected a torch.Tensor. Pass x.as_subclass(torch.Tensor) if that says all."
+            )
         if x.layout != torch.strided:
             raise CaptureError(
                 f"{user_line()}: a tensor of layout {x.layout} can't be captured; expected a dense one. Convert it with "
@@ -175,7 +159,7 @@ class Capture(Tracer):
         with _disable_current_modes(), self.fake_mode:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         if x.untyped_storage().nbytes() != fake.untyped_storage().nbytes():
-            self._partial.add(_storage(fake))
+            self._partial.add(storage_of(fake))
         return fake
 
     def _new(self, fake: torch.Tensor) -> Value:
@@ -188,35 +172,49 @@ class Capture(Tracer):
         return self._new(x) if isinstance(x, torch.Tensor) else x
 
 
-def capture(f: Callable, *args: Any) -> Captured:
+def capture(f: Callable, *args: Any, whole: bool = False) -> Captured:
     """Capture `f(*args)`; `args` are pytrees whose tensors may be real or fake (nothing of them is read but shape,
     dtype, strides and device). Other leaves are static: the graph holds for their values only.
 
-    Raises CaptureError where Python control flow depends on tensor data, or a captured constant is written to.
+    `whole`: see `Capture`. Raises CaptureError where Python control flow depends on tensor data, or a captured constant
+    is written to.
     """
     leaves, tree = tree_flatten(args)
-    mode = Capture()
+    mode = Capture(whole)
     source.capturing += 1
-    collects = gc.isenabled()
-    gc.disable()  # going through every object of torch's again and again would be a third of the time
     try:
-        return _capture(f, mode, leaves, tree)
+        with paused_collector():
+            return _capture(f, mode, leaves, tree)
     finally:
         source.capturing -= 1
-        if collects:
-            gc.enable()
+        mode.fake_mode.finished = True
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
-    with _disable_current_modes(), torch.no_grad(), mode.fake_mode, mode:
+    with _disable_current_modes(), gradient_mode.differentiating(), mode.fake_mode, mode:
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        out, out_tree = tree_flatten(f(*tree_unflatten(fakes, tree)))
+        try:
+            result = f(*tree_unflatten(fakes, tree))
+        except RuntimeError as e:
+            if not any(words in str(e) for words in _ASKS_FOR_DATA):
+                raise
+            raise CaptureError(
+                f"{line_of(e)}: the program asks for the data of a tensor (through .numpy(), .data_ptr(), torch.tensor of "
+                f"tensors, ...), which doesn't exist while a graph is captured. Use operators of torch (torch.stack for "
+                f"torch.tensor), or make an operator of the code that needs the data, with nf.opaque."
+            ) from e
+        out, out_tree = tree_flatten(result)
         out = [mode.now(leaf) for leaf in out]
         written = {id(t): new for t, new in mode.external_writes()}
     tensors = [t for t in fakes if isinstance(t, torch.Tensor)]
     writes = [i for i, t in enumerate(tensors) if id(t) in written]
     mode.graph.outputs = [mode.value(leaf) for leaf in (*out, *(written[id(tensors[i])] for i in writes))]
     return Captured(mode.graph, out_tree, writes)
+
+
+_ASKS_FOR_DATA = (
+    ".numpy() is not supported", "data is not allocated yet", "Cannot access data pointer", "Cannot access storage",
+)  # fmt: skip
 
 
 def _data_dependent(func: Callable) -> str:

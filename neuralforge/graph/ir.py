@@ -10,7 +10,7 @@ be captured again, differentiated, or run on fake tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,14 +65,25 @@ class Equation:
     origin: str = ""
     """What made it when it isn't the user's own call: `vjp of aten.mul`, `recomputed`, `fuse`."""
 
-    @property
-    def inputs(self) -> list[Value]:
-        """The values read, in order, repeats included."""
-        return [*leaves(self.args), *leaves(self.kwargs)] if self.kwargs else [*leaves(self.args)]
+    _inputs: tuple = field(default=(None, None, ()), init=False, repr=False)  # args, kwargs, the values in them
+    _results: tuple = field(default=(None, ()), init=False, repr=False)
 
     @property
-    def results(self) -> list[Value]:
-        return [*leaves(self.outputs)]
+    def inputs(self) -> tuple[Value, ...]:
+        """The values read, in order, repeats included."""
+        args, kwargs, found = self._inputs
+        if args is not self.args or kwargs is not self.kwargs:
+            found = (*leaves(self.args), *leaves(self.kwargs))
+            self._inputs = (self.args, self.kwargs, found)
+        return found
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        outputs, found = self._results
+        if outputs is not self.outputs:
+            found = tuple(leaves(self.outputs))
+            self._results = (self.outputs, found)
+        return found
 
     @property
     def name(self) -> str:
@@ -144,16 +155,23 @@ def op_name(op: Any) -> str:
     return str(getattr(op, "name", None) if hasattr(op, "graph") else op).removesuffix(".default")
 
 
-def leaves(tree: Any) -> Iterator[Value]:
+def leaves(tree: Any) -> list[Value]:
     """The Values in a tree of tuples, lists and dicts."""
     if isinstance(tree, Value):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from leaves(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from leaves(item)
+        return [tree]
+    found: list[Value] = []
+    _collect(tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else (), found)
+    return found
+
+
+def _collect(items: Iterable[Any], found: list[Value]) -> None:
+    for item in items:
+        if isinstance(item, Value):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            _collect(item, found)
+        elif isinstance(item, dict):
+            _collect(item.values(), found)
 
 
 def map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:

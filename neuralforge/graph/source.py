@@ -11,7 +11,7 @@ import torch
 
 _PACKAGE = Path(__file__).parent.parent
 # The machinery between the user's line and the operator; models, optimizers and trainer count as user code.
-_MACHINERY = tuple(str(_PACKAGE / part) for part in ("graph", "autograd", "compiler", "testing", "kernels"))
+_MACHINERY = tuple(str(_PACKAGE / part) for part in ("graph", "autograd", "compiler", "testing", "kernels", "random"))
 _SKIP = (*_MACHINERY, str(Path(torch.__file__).parent), "<")
 
 _override: list[tuple[str, str]] = []
@@ -30,6 +30,17 @@ def user_line() -> str:
             return "/".join(filename.rsplit("/", 2)[-2:]) + f":{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def line_of(error: BaseException) -> str:
+    """The same of the innermost such frame that an error has passed through."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        filename = trace.tb_frame.f_code.co_filename
+        if not filename.startswith(_SKIP):
+            found = "/".join(filename.rsplit("/", 2)[-2:]) + f":{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
 
 
 def origin() -> str:

@@ -16,16 +16,17 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from ..errors import CaptureError, DifferentiationError
+from . import gradient_mode
+from .in_place import RESHAPING, VIEWS_IN_PLACE, Link, functional, hand_over, scatter
 from .ir import map_tree
+from .operators import Traits, operator_traits
 from .source import user_line
 
 aten = torch.ops.aten
@@ -33,24 +34,15 @@ aten = torch.ops.aten
 _ids = itertools.count()
 
 
-class Link(NamedTuple):
-    """How a view was made: `view = func(base, *args, **kwargs)[index]`."""
-
-    base: torch.Tensor
-    func: Callable
-    args: tuple
-    kwargs: dict
-    index: int | None
-
-    def replay(self, base: torch.Tensor) -> torch.Tensor:
-        out = self.func(base, *self.args, **self.kwargs)
-        return out if self.index is None else out[self.index]
-
-
 class Tracer(TorchDispatchMode):
     """Calls `record(func, args, kwargs)` for each pure operator. Usable once, as a context manager."""
 
     def __init__(self) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CaptureError(
+                f"{user_line()}: a transform of neuralforge inside one of torch.func, which hides its tensors from it. Use "
+                f"nf.vmap, nf.grad, nf.jvp and so on outside too; the other way round, torch.func inside, works."
+            )
         super().__init__()
         self.key = f"_nf{next(_ids)}"
         self._made = self.key + "made"  # attribute: None on tensors made inside, a Link on views
@@ -77,6 +69,10 @@ class Tracer(TorchDispatchMode):
         finally:
             self._paused = before
 
+    def constant(self) -> AbstractContextManager:
+        """Within, what is computed is constant to the derivative this tracer takes, if it takes one."""
+        return nullcontext()
+
     def _pass_by(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         def look(x: Any) -> None:
             if isinstance(x, torch.Tensor) and self.key in x.__dict__:
@@ -97,9 +93,9 @@ class Tracer(TorchDispatchMode):
         if traits.passive:
             return func(*args, **kwargs)
         if traits.written:
-            if func._schema.name.split("::")[1] in _REFUSED:
+            if func._schema.name.split("::")[1] in RESHAPING:
                 return self._reshape(func, args, kwargs)
-            return self._write(func, traits, args, kwargs)
+            return self._write(func, args, kwargs)
         if traits.composite:
             with self:
                 return func.decompose(*args, **kwargs)
@@ -132,7 +128,7 @@ class Tracer(TorchDispatchMode):
         seen = x.__dict__.get(self._now)
         if seen is None or seen[0] is not base:
             paused, self._paused = self._paused, None  # a view of a tracked tensor is tracked
-            with self:
+            with self, gradient_mode.following():
                 seen = x.__dict__[self._now] = (base, link.replay(base))
             self._paused = paused
         return seen[1]
@@ -150,13 +146,11 @@ class Tracer(TorchDispatchMode):
         for tensor, new in self.external_writes():
             tensor.copy_(new)
 
-    def _write(self, func: Callable, traits: Traits, args: tuple, kwargs: dict) -> Any:
+    def _write(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """An operator that writes to its arguments: compute the new values, then rebind the written tensors."""
-        groups = [kwargs[name] if at is None else args[at] for name, at in traits.written]
-        targets = [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
         with self:
-            values, result = _functional(func, map_tree(self.now, args), map_tree(self.now, kwargs), len(targets))
-        for target, value in zip(targets, values):
+            written, result = functional(func, args, kwargs, self.now)
+        for target, value in written:
             if value.shape != target.shape:
                 raise CaptureError(
                     f"{user_line()}: {func} writes a result of shape {tuple(value.shape)} into a tensor of shape "
@@ -166,18 +160,14 @@ class Tracer(TorchDispatchMode):
                 with self:
                     value = value.to(target.dtype)
             self._assign(target, value)
-        if result is not None:
-            return result
-        return groups[0] if len(func._schema.returns) == 1 else tuple(groups)
+        return result
 
     def _reshape(self, func: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
         """An operator that changes a tensor's shape in place. Python code that holds the tensor can't be served, but
-        PyTorch's own C++ functions (quantile, stft) do it to their temporaries, of which nobody else knows. There the
-        C++ handle is given to a new view, and the old Python object, which derivative rules may hold, stays as it was.
-        """
+        PyTorch's own C++ functions (quantile, stft) do it to their temporaries, of which nobody else knows."""
         x, name = args[0], func._schema.name.split("::")[1]
         from_python = x._use_count() < 4 or name in sys._getframe(2).f_back.f_code.co_names
-        if name not in _VIEWS_IN_PLACE or self._made not in x.__dict__ or from_python:
+        if name not in VIEWS_IN_PLACE or self._made not in x.__dict__ or from_python:
             raise CaptureError(
                 f"{user_line()}: {name} changes a tensor's shape in place, which a graph of pure operators can't "
                 f"express. Bind the result of the operator without the underscore to a new name instead."
@@ -185,11 +175,7 @@ class Tracer(TorchDispatchMode):
         packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"))
         with self:
             new = packet(*args, **kwargs)
-        with _disable_current_modes():
-            old = x.detach()
-            torch._C._swap_tensor_impl(x, new)
-            new.set_(x)
-            x.set_(old)
+        hand_over(x, new)
         return new
 
     def _assign(self, x: torch.Tensor, value: torch.Tensor) -> None:
@@ -203,13 +189,26 @@ class Tracer(TorchDispatchMode):
             with self:
                 base = scatter(link, self.now(link.base), value)
             self._assign(link.base, base)
-        elif self._now in x.__dict__:
+        elif self._now in x.__dict__:  # not replaced: there may be views of it
             self._assign(x.__dict__[self._now], value)
         else:
             if self._made not in x.__dict__:
                 self.check_external_write(x)
+            if gradient_mode.state.off:
+                value = self._same_places(x, value)
             x.__dict__[self._now] = value
             self._written[id(x)] = weakref.ref(x)
+
+    def _same_places(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The new value of a tensor written under no_grad: derivatives pass by the write, as in torch.autograd."""
+        tracers = [self, *(m for m in _get_current_dispatch_mode_stack() if isinstance(m, Tracer))]
+        places = {t.key: meant[t.key] for t in tracers if t.key in (meant := t.now(x).__dict__)}
+        if not places:
+            return value
+        with self.paused():
+            value = aten.alias.default(value)
+        value.__dict__.update(places)
+        return value
 
     def check_external_write(self, x: torch.Tensor) -> None:
         """Called at the first write to a tensor that wasn't made inside. Subclasses may refuse."""
@@ -231,134 +230,3 @@ def _lazy_conjugates() -> Any:
     key = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(key.Conjugate).remove(key.Negative)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What the tracer needs to know of an operator."""
-
-    written: tuple[tuple[str, int | None], ...]
-    """Names and positions (None: keyword-only) of the arguments it writes to."""
-    is_view: bool
-    passive: bool
-    """It computes no tensor: sizes, devices."""
-    composite: bool
-    """PyTorch defines it by other operators. Those called from user code arrive here already decomposed; those
-    called while a tracer is at work (by a derivative rule, say) do not."""
-    makes_complex: bool
-    """It may give complex results from real arguments."""
-
-    @property
-    def pure(self) -> bool:
-        """It computes tensors, by itself, and writes to none."""
-        return not (self.written or self.passive or self.composite)
-
-
-@cache
-def operator_traits(func: Any) -> Traits:
-    schema = func._schema
-    written, positional, is_view = [], 0, False
-    for a in schema.arguments:
-        at = None if a.kwarg_only else positional
-        positional += not a.kwarg_only
-        if a.alias_info is not None and a.alias_info.is_write:
-            written.append((a.name, at))
-        elif a.alias_info is not None and at == 0:
-            is_view = any(r.alias_info is not None for r in schema.returns)
-    passive = func.namespace == "prim" or not any("Tensor" in str(r.type) for r in schema.returns) and not written
-    composite = func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    passive = passive and torch.Tag.data_dependent_output not in func.tags
-    makes_complex = any(word in func._schema.name for word in ("fft", "eig", "complex", "polar"))
-    return Traits(tuple(written), is_view, passive, composite, makes_complex)
-
-
-# In-place operators whose functional twin has another name or overload.
-_TWINS: dict[str, Any] = {
-    "aten::bernoulli_.float": lambda x, p=0.5, **kwargs: aten.bernoulli.p(x, p, **kwargs),
-    "aten::normal_": aten.normal_functional.default,
-    "aten::_native_batch_norm_legit": aten._native_batch_norm_legit_functional.default,
-    "aten::_batch_norm_with_update": aten._batch_norm_with_update_functional.default,
-    "aten::rrelu_with_noise": aten.rrelu_with_noise_functional.default,
-    "aten::rrelu_with_noise_": aten.rrelu_with_noise_functional.default,
-    "aten::pow_.Scalar": aten.pow.Tensor_Scalar,
-    "aten::pow_.Tensor": aten.pow.Tensor_Tensor,
-    "aten::polygamma_": lambda x, n: aten.polygamma.default(n, x),
-    "aten::conj_physical_": aten._conj_physical.default,
-}
-_VIEWS_IN_PLACE = {"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"}
-_REFUSED = _VIEWS_IN_PLACE | {"resize_", "resize_as_", "set_", "as_strided_"}
-
-
-def _functional(func: Any, args: tuple, kwargs: dict, count: int) -> tuple[list[torch.Tensor], Any]:
-    """The new values of the `count` written tensors, computed without writing, and what the operator returns if that
-    isn't the written tensors themselves."""
-    name, overload = func._schema.name.split("::")[1], func._schema.overload_name
-    twin = _TWINS.get(func._schema.name + (f".{overload}" if overload else ""))
-    written = {name for name, _ in operator_traits(func).written}
-    if twin is None:
-        namespace = getattr(torch.ops, func.namespace)
-        packet = getattr(namespace, name.removesuffix("_"), None)
-        if written & {a.name for a in func._schema.arguments if a.is_out}:  # mm.out -> mm, sum.IntList_out -> sum.dim_IntList
-            kwargs = {k: v for k, v in kwargs.items() if k not in written}
-            new = packet(*args, **kwargs)
-            return (list(new) if isinstance(new, (tuple, list)) else [new]), None
-        twin = getattr(packet, overload or "default", None) if name.endswith("_") else None
-    if twin is None:
-        raise CaptureError(
-            f"{user_line()}: {func} writes in place and has no functional twin. Use an operator that returns a new "
-            f"tensor, or wrap the code in a torch.library custom operator that declares no mutation."
-        )
-    new = twin(*args, **kwargs)
-    outputs = list(new) if isinstance(new, (tuple, list)) else [new]
-    if outputs and isinstance(outputs[0], list):  # a foreach operator returns a list for each written list
-        outputs = [t for group in outputs for t in group]
-    if len(outputs) > count:  # a functional twin returns the results, then the new values
-        rest = outputs[:-count]
-        return outputs[-count:], rest[0] if len(rest) == 1 else tuple(rest)
-    return outputs, None
-
-
-def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`base` with the elements that the view `link` shows replaced by `value`: the inverse of a view."""
-    func, args, kwargs, index = link.func, link.args, link.kwargs, link.index
-    packet = func.overloadpacket
-    if packet in _RESHAPES:
-        return value.reshape(base.shape)
-    if packet is aten.slice:
-        return aten.slice_scatter(base, value, *args, **kwargs)
-    if packet is aten.select:
-        return aten.select_scatter(base, value, *args)
-    if packet is aten.diagonal:
-        return aten.diagonal_scatter(base, value, *args, **kwargs)
-    if packet is aten.as_strided:
-        return aten.as_strided_scatter(base, value, *args)
-    if packet is aten.t:
-        return value.t()
-    if packet is aten.transpose:
-        return value.transpose(*args)
-    if packet is aten.permute:
-        dims = [d % base.dim() for d in args[0]]
-        return value.permute([dims.index(i) for i in range(len(dims))])
-    if packet is aten.unbind:
-        return aten.select_scatter(base, value, args[0] if args else 0, index)
-    if packet in (aten.split, aten.split_with_sizes):
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        sizes = args[0]
-        start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
-        return aten.slice_scatter(base, value, dim, start, start + value.shape[dim])
-    if packet is aten.view_as_real:
-        return torch.view_as_complex(value)
-    if packet is aten.view_as_complex:
-        return torch.view_as_real(value)
-    if packet is aten._conj:
-        return value.conj()
-    raise CaptureError(
-        f"{user_line()}: an in-place write through a view made by {func} can't be expressed as a pure operator. "
-        f"Write to the tensor itself, or build a new tensor."
-    )
-
-
-_RESHAPES = {
-    aten.view, aten._unsafe_view, aten._reshape_alias, aten.alias, aten.detach, aten.squeeze, aten.unsqueeze,
-    aten.lift_fresh,
-}  # fmt: skip

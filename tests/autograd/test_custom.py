@@ -1,5 +1,9 @@
 """custom_vjp, custom_jvp, opaque functions."""
 
+import ctypes
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -187,3 +191,76 @@ def test_wrong_tangents_are_refused():
     for differentiate in (lambda x: nf.jvp(f, (x,), (x,)), nf.grad(lambda x: f(x).sum())):
         with pytest.raises(DifferentiationError, match=r"tangent of shape \(\) for an output of shape \(3,\)"):
             differentiate(f64(3))
+
+
+KERNEL = """
+void cube(const double *x, double *y, long n) { for (long i = 0; i < n; i++) y[i] = x[i] * x[i] * x[i]; }
+void slope(const double *x, const double *g, double *y, long n) { for (long i = 0; i < n; i++) y[i] = 3 * x[i] * x[i] * g[i]; }
+"""
+
+
+def c_functions(folder):
+    """`cube` with a rule for reverse mode and one that serves both modes, of functions in C called by pointer."""
+    (folder / "kernel.c").write_text(KERNEL)
+    compiler = shutil.which("cc") or shutil.which("gcc") or pytest.skip("no C compiler")
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", folder / "kernel.so", folder / "kernel.c"], check=True)
+    library = ctypes.CDLL(str(folder / "kernel.so"))
+
+    def call(name):
+        def f(*tensors):
+            tensors, out = [t.contiguous() for t in tensors], torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
+            getattr(library, name)(*(ctypes.c_void_p(t.data_ptr()) for t in (*tensors, out)), ctypes.c_long(out.numel()))
+            return out
+
+        return nf.opaque(f, shape=lambda *tensors: torch.empty(tensors[0].shape, dtype=tensors[0].dtype))
+
+    cube, slope = call("cube"), call("slope")
+    reverse, its_slope = nf.custom_vjp(lambda x: cube(x)), nf.custom_vjp(lambda x, g: slope(x, g))
+    reverse.defvjp(lambda x: (reverse(x), x), lambda x, g: (its_slope(x, g),))
+    its_slope.defvjp(lambda x, g: (its_slope(x, g), (x, g)), lambda r, h: (6 * r[0] * r[1] * h, its_slope(r[0], h)))
+    both_modes = nf.custom_jvp(lambda x: cube(x))
+    both_modes.defjvp(lambda p, t: (both_modes(p[0]), 3 * p[0] ** 2 * t[0]))
+    return reverse, both_modes
+
+
+def test_c_functions_to_the_second_order(tmp_path):
+    reverse, both_modes = c_functions(tmp_path)
+    x = f64(4)
+    for f in (reverse, nf.jit(reverse), nf.jit(lambda x: reverse(x.sin()) * x)):
+        nf.testing.check_grads(f, (x,), order=2, modes=("rev",))
+    for f in (both_modes, nf.jit(lambda x: both_modes(x.sin()) * x)):
+        nf.testing.check_grads(f, (x,), order=2, modes=("fwd", "rev"))
+    for f in (reverse, both_modes):
+        second = lambda x, f=f: nf.grad(lambda x: nf.grad(lambda x: f(x).sum())(x).sum())(x)
+        assert torch.allclose(nf.jit(second)(x), 6 * x)
+        assert torch.allclose(nf.jit(nf.vmap(second))(x[:, None]), 6 * x[:, None])
+
+
+def test_check_grads_finds_a_wrong_second_derivative(tmp_path):
+    f = nf.custom_vjp(lambda x: x**3)
+    f.defvjp(lambda x: (f(x), x), lambda x, g: (3 * nf.stop_gradient(x) ** 2 * g,))
+    nf.testing.check_grads(f, (f64(4),), order=1, modes=("rev",))
+    with pytest.raises(AssertionError, match="rev derivative of rev of f"):
+        nf.testing.check_grads(f, (f64(4),), order=2, modes=("rev",))
+
+
+def test_arguments_by_keyword():
+    f = nf.custom_vjp(lambda x, scale: x * scale)
+    f.defvjp(lambda x, scale: (x * scale, scale), lambda scale, g: (10 * g * scale, None))
+    x = f64(3)
+    assert nf.grad(lambda x: f(x, scale=3.0).sum())(x).tolist() == [30] * 3
+    assert torch.equal(f(scale=2.0, x=x), 2 * x)
+    by_keyword = nf.vmap(lambda x, k, n: x * k["k"] * n)(x, k={"k": x}, n=2)
+    assert torch.allclose(by_keyword, 2 * x * x)
+
+
+def test_wrong_opaque_functions():
+    x = f64(3)
+    wrong = nf.opaque(lambda x: x * 1, shape=lambda x: torch.empty(7))
+    for run in (lambda f: f, nf.jit):
+        with pytest.raises(DifferentiationError, match=r"returned \(3,\) torch.float64, and its shape .*\(7,\) torch.float32"):
+            run(wrong)(x)
+    with pytest.raises(DifferentiationError, match=r"test_custom\.py:\d+: .*was given 3 \(int\); expected tensors"):
+        nf.opaque(lambda x, n: x * n, shape=lambda x, n: x)(x, 3)
+    itself = nf.opaque(lambda x: x, shape=torch.empty_like)
+    assert torch.equal(nf.jit(lambda x: itself(x).mul_(2))(x), 2 * x) and itself(x) is not x

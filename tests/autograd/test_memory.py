@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 
 import neuralforge as nf
@@ -30,3 +31,30 @@ def test_peak_of_a_models_gradient(config):
 
     ours, theirs = peak_tensor_bytes(lambda: nf.value_and_grad(loss)(params)), peak_tensor_bytes(with_torch)
     assert ours <= theirs + 1024  # the seed cotangent and such
+
+
+OPERATORS = {
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True), "instance_norm": F.instance_norm,
+    "group_norm": lambda x: F.group_norm(x, 4), "layer_norm": lambda x: F.layer_norm(x, (16,)), "softplus": F.softplus,
+    "elu": F.elu, "celu": F.celu, "selu": F.selu, "mish": F.mish, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid,
+    "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu, "logsigmoid": F.logsigmoid, "softshrink": F.softshrink,
+    "huber": lambda x: F.huber_loss(x, x.detach().neg(), reduction="none"),
+    "smooth l1": lambda x: F.smooth_l1_loss(x, x.detach().neg(), reduction="none"),
+    "bce": lambda x: F.binary_cross_entropy(x.sigmoid(), x.detach().sigmoid(), reduction="none"),
+    "bce with logits": lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid(), reduction="none"),
+    "maximum": lambda x: torch.maximum(x, x.detach().neg()), "softmax": lambda x: F.softmax(x, 1),
+    "heads": lambda x: torch.cat([part.sin() for part in torch.stack([x, x, x]).unbind(0)]).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_peak_of_an_operators_gradient(name):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 16, 16)
+    loss = lambda x: OPERATORS[name](x * 2).sum()
+
+    def with_torch():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)
+
+    assert peak_tensor_bytes(lambda: nf.grad(loss)(x)) <= peak_tensor_bytes(with_torch) + 4096

@@ -183,6 +183,17 @@ def test_second_derivatives_are_symmetric_and_torchs(program, seed):
     close(hu, tuple(torch.autograd.grad(dot(first, u), leaves, materialize_grads=True)))
 
 
+@settings(few, max_examples=12)
+@given(programs, seeds)
+def test_a_batch_of_programs_agrees_with_one_after_another(program, seed):
+    f, inputs, other, _ = problem(program, seed)
+    gradient = nf.grad(f, (0, 1, 2))
+    one_by_one = tuple(torch.stack(pair) for pair in zip(gradient(*inputs), gradient(*other)))
+    batch = tuple(torch.stack(pair) for pair in zip(inputs, other))
+    close(nf.grad(lambda *xs: nf.vmap(f)(*xs).sum(), (0, 1, 2))(*batch), one_by_one)
+    close(nf.vmap(gradient)(*batch), one_by_one)
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_each_write_takes_effect(write):
     """The programs above would agree on writes that do nothing."""

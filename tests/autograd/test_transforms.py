@@ -1,9 +1,13 @@
 """grad, value_and_grad, vjp, jvp, hvp: values against torch.autograd, nesting, pytrees, errors."""
 
+from dataclasses import dataclass, field
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 import neuralforge as nf
 from neuralforge.errors import DifferentiationError
@@ -227,3 +231,79 @@ def test_missing_rule_says_how_to_write_one():
     twice.register_fake(lambda x: torch.empty_like(x))
     with pytest.raises(DifferentiationError, match=r'twice has neither.*@rule\("neuralforge_test::twice"\)'):
         nf.grad(lambda x: twice(x).sum())(torch.ones(2))
+
+
+def test_numpy_is_refused_where_a_derivative_would_get_lost():
+    x = torch.randn(3, dtype=torch.float64)
+    for f in (lambda x: torch.from_numpy(np.sin(x.numpy())).sum(), lambda x: torch.as_tensor(np.asarray(x * 2)).sum()):
+        with pytest.raises(DifferentiationError, match=r"test_transforms\.py:\d+: \.numpy\(\).*nf\.opaque.*detach"):
+            nf.grad(f)(x)
+    constant = nf.grad(lambda x: (x * torch.from_numpy(np.sin(x.detach().numpy()))).sum())(x)
+    assert torch.allclose(constant, x.sin())
+
+
+@dataclass
+class Layer:
+    weight: torch.Tensor
+    name: str
+    parts: list
+    bias: torch.Tensor | None = None
+    doubled: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.doubled = self.weight * 2 if isinstance(self.weight, torch.Tensor) else self.weight
+
+
+@dataclass(frozen=True)
+class Model:
+    layers: tuple
+    scale: torch.Tensor
+    size: int = 3
+
+
+@pytest.mark.parametrize("run", [lambda f: f, nf.jit], ids=["eager", "jit"])
+def test_dataclasses_and_none_are_trees(run):
+    make = lambda: torch.randn(3, dtype=torch.float64)
+    model = Model((Layer(make(), "a", [make()]), Layer(make(), "b", [make(), None], make())), make())
+
+    def loss(m):
+        a, b = m.layers
+        assert a.name == "a" and m.size == 3 and a.bias is None
+        return (a.weight * a.parts[0] * m.scale.exp() + b.weight.sin() * b.bias * b.parts[0]).sum()
+
+    found = run(nf.grad(loss))(model)
+    a, b = model.layers
+    assert type(found) is Model and found.size == 3 and found.layers[0].name == "a"
+    assert found.layers[0].bias is None and found.layers[1].parts[1] is None
+    assert torch.allclose(found.layers[0].weight, a.parts[0] * model.scale.exp())
+    assert torch.allclose(found.layers[1].bias, b.weight.sin() * b.parts[0])
+    assert found.layers[0].doubled.tolist() == [0, 0, 0], "a field that isn't an argument, and isn't used"
+    assert torch.allclose(run(lambda m: nf.jvp(loss, (m,), (m,))[1])(model), run(lambda m: inner(nf.grad(loss)(m), m))(model))
+    rows = run(nf.vmap(lambda m: m.layers[0].weight * m.scale))(model)
+    assert torch.allclose(rows, a.weight * model.scale)
+    layer = Layer(make(), "c", [make()], make())
+    optimizer = nf.optim.sgd(0.5)
+    updates, _ = optimizer.update(nf.grad(lambda p: (p.weight**2).sum())(layer), optimizer.init(layer), layer)
+    assert torch.allclose(nf.optim.apply_updates(layer, updates).weight, torch.zeros(3, dtype=torch.float64))
+
+
+def inner(a, b):
+    return sum((x * y).sum() for x, y in zip(tree_leaves(a), tree_leaves(b)) if x is not None)
+
+
+@pytest.mark.parametrize("jacobian", [nf.jacrev, nf.jacfwd])
+def test_none_in_jacobians(jacobian):
+    x = torch.randn(3, dtype=torch.float64)
+    found = jacobian(lambda d: d["x"] ** 2)({"x": x, "n": None})
+    assert found["n"] is None and torch.allclose(found["x"], (2 * x).diag())
+
+
+def test_what_is_no_input_is_named():
+    x = torch.ones(3)
+    with pytest.raises(DifferentiationError, match="a module \\(Linear\\).*functional_call"):
+        nf.grad(lambda m: m(x).sum())(torch.nn.Linear(3, 3))
+    for call in (lambda: nf.jvp(torch.sin, x, x), lambda: nf.hvp(lambda x: x.sin().sum(), x, x)):
+        with pytest.raises(DifferentiationError, match=r"test_transforms\.py:\d+: primals are Tensor; expected a tuple.*\(x,\)"):
+            call()
+    with pytest.raises(DifferentiationError, match=r"3 \(int\)"):
+        nf.hessian(lambda x: x * 2)(3)

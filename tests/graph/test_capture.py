@@ -192,3 +192,17 @@ def test_the_collector_is_left_as_it_was():
     with pytest.raises(CaptureError):
         capture(lambda x: x if x.sum() > 0 else -x, torch.ones(2))
     assert gc.isenabled()
+
+
+def test_asking_for_data_names_the_line():
+    x = torch.randn(3)
+    for f in (lambda x: x * x.numpy(), lambda x: torch.tensor([x[0], x[1]])):
+        with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: the program asks for the data .*nf\.opaque"):
+            capture(f, x)
+
+
+def test_a_tensor_that_outlives_its_capture():
+    kept = []
+    capture(lambda x: kept.append(x * 2), torch.randn(3))
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: a tensor of shape \(3,\) that was made while another"):
+        capture(lambda x: x + kept[0], torch.randn(3))

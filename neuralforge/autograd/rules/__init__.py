@@ -1,10 +1,13 @@
 """Derivative rules, a file for each family of operators."""
 
 from . import (  # noqa: F401  (they register themselves)
+    activation,
     attention,
     choice,
     convolution,
+    cross_entropy,
     distance,
+    embedding,
     factorizations,
     fft,
     indexing,
@@ -14,6 +17,7 @@ from . import (  # noqa: F401  (they register themselves)
     pointwise,
     pooling,
     reduction,
+    rotary,
     scatter,
     shape,
     special,

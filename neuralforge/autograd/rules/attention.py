@@ -9,14 +9,17 @@ from .table import Joint, definition, rule
 
 
 @rule("neuralforge::flash_attention", forward=False)
-def flash_attention(results, q, k, v, is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None):
+def flash_attention(
+    results, q, k, v,
+    is_causal=False, scale=None, window=None, mask=None, dropout_p=0.0, seed=None, q_starts=None, k_starts=None,
+):  # fmt: skip
     out, lse = results
 
     def vjp(gs, wanted):
         g, g_lse = gs
         g = torch.zeros_like(out) if g is None else g
-        options = is_causal, scale, window, mask, dropout_p, seed, g_lse
-        return *attention.flash_attention_backward(g, q, k, v, out, lse, *options), *[None] * 6
+        options = is_causal, scale, window, mask, dropout_p, seed, g_lse, q_starts, k_starts
+        return *attention.flash_attention_backward(g, q, k, v, out, lse, *options), *[None] * 8
 
     return Joint(vjp)
 

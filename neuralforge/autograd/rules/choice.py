@@ -1,39 +1,10 @@
-"""Activations, and choices among elements: masks, maxima, bounds."""
+"""Choices among elements: masks, maxima, bounds."""
 
 from __future__ import annotations
 
 import torch
 
-from .table import Derivative, aten, diagonal, rule
-
-# ---- activations
-
-
-@rule("sigmoid")
-def sigmoid(y, x):
-    return diagonal(lambda: y * (1 - y))
-
-
-@rule("relu")
-def relu(y, x):
-    return diagonal(lambda: (y > 0).to(y.dtype))
-
-
-@rule("gelu")
-def gelu(y, x, *, approximate="none"):
-    slope = lambda g: aten.gelu_backward(g, x, approximate=approximate)
-    return Derivative(slope, slope)
-
-
-@rule("silu")
-def silu(y, x):
-    if x.is_complex():
-        return diagonal(lambda: x.sigmoid() * (1 + x * (1 - x.sigmoid())))
-    slope = lambda g: aten.silu_backward(g, x)
-    return Derivative(slope, slope)
-
-
-# ---- choosing
+from .table import Derivative, rule
 
 
 @rule("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
@@ -53,30 +24,28 @@ def masked_fill(y, x, mask, value):
 
 @rule("maximum", "fmax")
 def maximum(y, a, b):
-    # Equal arguments share the derivative, as in PyTorch.
-    dtype = y.dtype
-    return diagonal(lambda: _share(a > b, a == b, dtype)), diagonal(lambda: _share(b > a, a == b, dtype))
+    share = lambda x, other: lambda g: _share(g, x < other, x == other)
+    return Derivative(share(a, b), share(a, b)), Derivative(share(b, a), share(b, a))
 
 
 @rule("minimum", "fmin")
 def minimum(y, a, b):
-    dtype = y.dtype
-    return diagonal(lambda: _share(a < b, a == b, dtype)), diagonal(lambda: _share(b < a, a == b, dtype))
+    share = lambda x, other: lambda g: _share(g, x > other, x == other)
+    return Derivative(share(a, b), share(a, b)), Derivative(share(b, a), share(b, a))
 
 
-def _share(wins, ties, dtype):
-    return wins.to(dtype) + ties.to(dtype) / 2
+def _share(g, loses, ties):
+    """Equal arguments share the derivative, as in PyTorch."""
+    return torch.where(ties, g / 2, g).masked_fill(loses, 0)
 
 
 @rule("clamp", "clamp.Tensor")
 def clamp(y, x, low=None, high=None):
-    shape, dtype, device = y.shape, y.dtype, y.device
-
-    def inside():
-        keep = torch.ones(shape, dtype=torch.bool, device=device)
-        keep = keep if low is None else keep & (x >= low)
-        return (keep if high is None else keep & (x <= high)).to(dtype)
-
-    at_low = diagonal(lambda: ((x < low) & (True if high is None else low < high)).to(dtype))
-    at_high = diagonal(lambda: ((x > high) | (False if low is None else low > high)).to(dtype))
-    return diagonal(inside), at_low, at_high
+    where = lambda mask: (lambda g: torch.where(mask(), g, 0))
+    if low is None or high is None:
+        inside = lambda: x <= high if low is None else x >= low
+    else:
+        inside = lambda: (x >= low) & (x <= high)
+    at_low = where(lambda: x < low if high is None else (x < low) & (low < high))
+    at_high = where(lambda: x > high if low is None else (x > high) | (low > high))
+    return Derivative(where(inside), where(inside)), Derivative(at_low, at_low), Derivative(at_high, at_high)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from .reduction import norm_slope
 from .table import Derivative, aten, definition, rule
 
 
 @definition("_cdist_forward")
 def cdist(a, b, p, compute_mode=None):
     return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+
+
+@rule("_cdist_forward", forward=False)
+def cdist_rule(y, a, b, p, compute_mode=None):
+    back = lambda g, a, b, y: aten._cdist_backward(g.contiguous(), a, b, p, y)
+    return Derivative(lambda g: back(g, a, b, y)), Derivative(lambda g: back(g.mT, b, a, y.mT.contiguous()))
+
+
+@definition("_cdist_backward")
+def cdist_backward(g, a, b, p, y):
+    between = a.unsqueeze(-2) - b.unsqueeze(-3)
+    slope = norm_slope(torch.linalg.vector_norm(between, p, -1, keepdim=True), between, p, [-1])
+    return (g.unsqueeze(-1) * slope).sum(-2)
 
 
 @definition("_pdist_forward")

@@ -132,7 +132,7 @@ def sort(out, x, *args, **kwargs):
     if not shape:
         return Derivative(lambda gs: gs[0], lambda t: (t, None))
     return Derivative(
-        lambda gs: gs[0].new_zeros(shape).scatter(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
+        lambda gs: gs[0].new_zeros(shape).scatter_(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
     )
 
 
@@ -142,5 +142,5 @@ def topk(out, x, k, dim=-1, largest=True, sorted=True):
     if not shape:
         return Derivative(lambda gs: gs[0], lambda t: (t, None))
     return Derivative(
-        lambda gs: gs[0].new_zeros(shape).scatter(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
+        lambda gs: gs[0].new_zeros(shape).scatter_(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
     )

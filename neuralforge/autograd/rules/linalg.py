@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import DifferentiationError
+from ...kernels import matmul
 from .table import Derivative, adjoint, aten, conj, definition, linear, rule
 
 # ---- products
@@ -13,6 +14,9 @@ from .table import Derivative, adjoint, aten, conj, definition, linear, rule
 @rule("mm", "bmm")
 def mm(y, a, b):
     return linear(lambda g: g @ adjoint(b)), linear(lambda g: adjoint(a) @ g)
+
+
+definition("neuralforge::matmul")(matmul.reference)
 
 
 @rule("mv")

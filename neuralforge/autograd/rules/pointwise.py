@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .table import Derivative, conj, diagonal, linear, nondifferentiable, rule
+from .table import Derivative, aten, conj, diagonal, linear, nondifferentiable, rule
 
 # ---- arithmetic
 
@@ -41,6 +41,11 @@ def div(y, a, b, *, rounding_mode=None):
     if rounding_mode is not None:
         return None
     return Derivative(lambda g: g / conj(b), lambda t: t / b), diagonal(lambda: -y / b)
+
+
+@rule("lerp.Scalar", "lerp.Tensor")
+def lerp(y, a, b, weight):
+    return diagonal(lambda: 1 - weight), diagonal(lambda: weight), diagonal(lambda: b - a)
 
 
 @rule("neg")
@@ -112,6 +117,12 @@ def _logistic(a, b):
     return torch.where(first, 1, e) / (1 + e)
 
 
+@rule("logit")
+def logit(y, x, eps=None):
+    slope = lambda g: aten.logit_backward(g, x, eps)
+    return Derivative(slope, slope)
+
+
 @rule("exp")
 def exp(y, x):
     return diagonal(lambda: y)
@@ -144,7 +155,7 @@ def log10(y, x):
 
 @rule("log1p")
 def log1p(y, x):
-    return diagonal(lambda: 1 / (x + 1))
+    return Derivative(lambda g: g / conj(x + 1), lambda t: t / (x + 1))
 
 
 @rule("sin")
@@ -160,11 +171,6 @@ def cos(y, x):
 @rule("tan")
 def tan(y, x):
     return diagonal(lambda: 1 + y * y)
-
-
-@rule("tanh")
-def tanh(y, x):
-    return diagonal(lambda: 1 - y * y)
 
 
 @rule("sinh")

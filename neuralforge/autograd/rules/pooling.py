@@ -50,17 +50,49 @@ def adaptive_avg_pool3d_backward(dx, g, x):
     return linear(lambda h: aten._adaptive_avg_pool3d(h, size)), None
 
 
-@rule("_upsample_bilinear2d_aa")
-def upsample_bilinear2d_aa(y, x, output_size, align_corners, scales_h=None, scales_w=None):
-    shape = x.shape
-    return linear(
-        lambda g: aten._upsample_bilinear2d_aa_backward(g, output_size, shape, align_corners, scales_h, scales_w)
-    )
+def _resampling(name):
+    forward, backward = getattr(aten, name), getattr(aten, f"{name}_backward")
+
+    @rule(f"{name}.default")
+    def resample(y, x, output_size, *how):
+        shape = x.shape
+        return linear(lambda g: backward(g, output_size, shape, *how))
+
+    @rule(f"{name}_backward.default")
+    def resample_backward(dx, g, output_size, input_size, *how):
+        return linear(lambda h: forward(h, output_size, *how))
 
 
-@rule("_upsample_bilinear2d_aa_backward")
-def upsample_bilinear2d_aa_backward(dx, g, output_size, input_size, align_corners, scales_h=None, scales_w=None):
-    return linear(lambda h: aten._upsample_bilinear2d_aa(h, output_size, align_corners, scales_h, scales_w))
+for _name in (
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+):  # fmt: skip
+    _resampling(_name)
+
+
+# ---- patches: im2col and col2im are each other's adjoint
+
+
+@rule("im2col")
+def im2col(y, x, *how):
+    size = x.shape[-2:]
+    return linear(lambda g: aten.col2im(g, size, *how))
+
+
+@rule("col2im")
+def col2im(y, x, output_size, *how):
+    return linear(lambda g: aten.im2col(g, *how))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(y, x, factor):
+    return linear(lambda g: aten.pixel_unshuffle(g, factor))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(y, x, factor):
+    return linear(lambda g: aten.pixel_shuffle(g, factor))
 
 
 # ---- maxima: each output is one input element, which the indices name
@@ -74,7 +106,7 @@ def _picked(dims: int):
             if gs[0] is None:
                 return None
             g = gs[0].flatten(-dims)
-            return g.new_zeros(*shape[:-dims], shape[-dims:].numel()).scatter_add(-1, index, g).reshape(shape)
+            return g.new_zeros(*shape[:-dims], shape[-dims:].numel()).scatter_add_(-1, index, g).reshape(shape)
 
         return Derivative(vjp, lambda t: (t.flatten(-dims).gather(-1, index).reshape(out[1].shape), None))
 

@@ -83,7 +83,7 @@ def select_extreme(out, x, dim=-1, keepdim=False):
         if gs[0] is None:
             return None
         g = keep_dims(gs[0], dim, keepdim, len(shape))
-        return g.new_zeros(shape).scatter_add(dim, keep_dims(index, dim, keepdim, len(shape)), g)
+        return g.new_zeros(shape).scatter_add_(dim, keep_dims(index, dim, keepdim, len(shape)), g)
 
     def jvp(t):
         picked = t.gather(dim, keep_dims(index, dim, keepdim, len(shape)))
@@ -101,26 +101,28 @@ def extreme(y, x):
     return Derivative(lambda g: g * weights(), lambda t: (t * weights()).sum())
 
 
-@rule("linalg_vector_norm", forward=True)
-def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    def slope():  # d|x|_p/dx, and zero where the norm is
-        n = keep_dims(y, dim, keepdim, x.dim())
-        if ord == 0:
-            return torch.zeros_like(x)
-        if ord == 1:
-            return x.sgn()
-        if math.isinf(ord):
-            mask = (x.abs() == n).to(n.dtype)
-            return x.sgn() * (mask / _sum(mask, dim, True))
-        zero = n == 0
-        n = torch.where(zero, 1, n)
-        if ord == 2:
-            return torch.where(zero, 0, x / n)
-        if ord > 2:
-            return torch.where(zero, 0, x * x.abs() ** (ord - 2) / n ** (ord - 1))
-        power = torch.where(x == 0, 1, x.abs()) ** (ord - 1)
-        return torch.where(zero, 0, x.sgn() * power / n ** (ord - 1))
+def norm_slope(n, x, ord, dim):
+    """d|x|_ord / dx, given the norm with its reduced dimensions kept; zero where the norm is."""
+    if ord == 0:
+        return torch.zeros_like(x)
+    if ord == 1:
+        return x.sgn()
+    if math.isinf(ord):
+        mask = (x.abs() == n).to(n.dtype)
+        return x.sgn() * (mask / _sum(mask, dim, True))
+    zero = n == 0
+    n = torch.where(zero, 1, n)
+    if ord == 2:
+        return torch.where(zero, 0, x / n)
+    if ord > 2:
+        return torch.where(zero, 0, x * x.abs() ** (ord - 2) / n ** (ord - 1))
+    power = torch.where(x == 0, 1, x.abs()) ** (ord - 1)
+    return torch.where(zero, 0, x.sgn() * power / n ** (ord - 1))
 
+
+@rule("linalg_vector_norm")
+def vector_norm(y, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    slope = lambda: norm_slope(keep_dims(y, dim, keepdim, x.dim()), x, ord, dim)
     return Derivative(
         lambda g: keep_dims(g, dim, keepdim, x.dim()) * slope(),
         lambda t: _sum(torch.real(conj(slope()) * t), dim, keepdim),
@@ -170,7 +172,7 @@ def cummax(out, x, dim):
     if not shape:
         return Derivative(lambda gs: gs[0], lambda t: (t, None))
     return Derivative(
-        lambda gs: gs[0].new_zeros(shape).scatter_add(dim, index, gs[0]), lambda t: (t.gather(dim, index), None)
+        lambda gs: gs[0].new_zeros(shape).scatter_add_(dim, index, gs[0]), lambda t: (t.gather(dim, index), None)
     )
 
 
@@ -192,6 +194,36 @@ def logcumsumexp(x, dim):
 @rule("cumsum")
 def cumsum(y, x, dim, *, dtype=None):
     return linear(lambda g: g.flip(dim).cumsum(dim).flip(dim) if g.dim() else g)
+
+
+@rule("cumprod")
+def cumprod(y, x, dim, *, dtype=None):
+    # Of y_i = x_i y_(i-1), exact where elements are zero: the cotangents s_i = g_i + x_(i+1) s_(i+1) of the products, the
+    # tangents t_i = x_i t_(i-1) + dx_i y_(i-1).
+    if x.dim() == 0:
+        return Derivative(lambda g: g, lambda t: t)
+    shifted = lambda v, by, fill: _shifted(v, by, fill, dim)
+    return Derivative(
+        lambda g: _recurrence(conj(shifted(x, 1, 0)), g, 1, dim) * conj(shifted(y, -1, 1)),
+        lambda t: _recurrence(x, t * shifted(y, -1, 1), -1, dim),
+    )
+
+
+def _shifted(x, by, fill, dim):
+    """Element i + by in place of element i."""
+    n = x.shape[dim]
+    by = max(-n, min(n, by))
+    edge = torch.full_like(x.narrow(dim, 0, abs(by)), fill)
+    return torch.cat([x.narrow(dim, by, n - by), edge] if by > 0 else [edge, x.narrow(dim, 0, n + by)], dim)
+
+
+def _recurrence(a, b, step, dim):
+    """s with s_i = b_i + a_i s_(i + step), by doubling."""
+    while abs(step) < b.shape[dim]:
+        b = b + a * _shifted(b, step, 0, dim)
+        a = a * _shifted(a, step, 0, dim)
+        step *= 2
+    return b
 
 
 @rule("prod", "prod.dim_int")

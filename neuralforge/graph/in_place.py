@@ -1,0 +1,145 @@
+"""In-place operators as pure ones: the functional twin of each, and writes through views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import CaptureError
+from .ir import map_tree
+from .operators import operator_traits
+from .source import user_line
+
+aten = torch.ops.aten
+
+# In-place operators whose functional twin has another name or overload.
+_TWINS: dict[str, Any] = {
+    "aten::bernoulli_.float": lambda x, p=0.5, **kwargs: aten.bernoulli.p(x, p, **kwargs),
+    "aten::normal_": aten.normal_functional.default,
+    "aten::_native_batch_norm_legit": aten._native_batch_norm_legit_functional.default,
+    "aten::_batch_norm_with_update": aten._batch_norm_with_update_functional.default,
+    "aten::rrelu_with_noise": aten.rrelu_with_noise_functional.default,
+    "aten::rrelu_with_noise_": aten.rrelu_with_noise_functional.default,
+    "aten::pow_.Scalar": aten.pow.Tensor_Scalar,
+    "aten::pow_.Tensor": aten.pow.Tensor_Tensor,
+    "aten::polygamma_": lambda x, n: aten.polygamma.default(n, x),
+    "aten::conj_physical_": aten._conj_physical.default,
+}
+
+
+def functional(func: Any, args: tuple, kwargs: dict, given: Callable = lambda x: x) -> tuple[list[tuple], Any]:
+    """An operator that writes to its arguments, computed without writing: the pairs of a written tensor and its new value,
+    and what the operator returns. `given(x)` is what to read for a tensor among the arguments."""
+    groups = [kwargs[name] if at is None else args[at] for name, at in operator_traits(func).written]
+    targets = [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
+    values, result = _twin(func, map_tree(given, args), map_tree(given, kwargs), len(targets))
+    if result is None:
+        result = groups[0] if len(func._schema.returns) == 1 else tuple(groups)
+    return list(zip(targets, values)), result
+
+
+def _twin(func: Any, args: tuple, kwargs: dict, count: int) -> tuple[list[torch.Tensor], Any]:
+    """The new values of the `count` written tensors, and what the operator returns if that isn't the written tensors."""
+    name, overload = func._schema.name.split("::")[1], func._schema.overload_name
+    twin = _TWINS.get(func._schema.name + (f".{overload}" if overload else ""))
+    written = {name for name, _ in operator_traits(func).written}
+    if twin is None:
+        namespace = getattr(torch.ops, func.namespace)
+        packet = getattr(namespace, name.removesuffix("_"), None)
+        if written & {a.name for a in func._schema.arguments if a.is_out}:  # mm.out -> mm, sum.IntList_out -> sum.dim_IntList
+            kwargs = {k: v for k, v in kwargs.items() if k not in written}
+            new = packet(*args, **kwargs)
+            return (list(new) if isinstance(new, (tuple, list)) else [new]), None
+        twin = getattr(packet, overload or "default", None) if name.endswith("_") else None
+    if twin is None:
+        raise CaptureError(
+            f"{user_line()}: {func} writes in place and has no functional twin. Use an operator that returns a new "
+            f"tensor, or wrap the code in a torch.library custom operator that declares no mutation."
+        )
+    new = twin(*args, **kwargs)
+    outputs = list(new) if isinstance(new, (tuple, list)) else [new]
+    if outputs and isinstance(outputs[0], list):  # a foreach operator returns a list for each written list
+        outputs = [t for group in outputs for t in group]
+    if len(outputs) > count:  # a functional twin returns the results, then the new values
+        rest = outputs[:-count]
+        return outputs[-count:], rest[0] if len(rest) == 1 else tuple(rest)
+    return outputs, None
+
+
+class Link(NamedTuple):
+    """How a view was made: `view = func(base, *args, **kwargs)[index]`."""
+
+    base: torch.Tensor
+    func: Callable
+    args: tuple
+    kwargs: dict
+    index: int | None
+
+    def replay(self, base: torch.Tensor) -> torch.Tensor:
+        out = self.func(base, *self.args, **self.kwargs)
+        return out if self.index is None else out[self.index]
+
+
+def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`base` with the elements that the view `link` shows replaced by `value`: the inverse of a view."""
+    func, args, kwargs, index = link.func, link.args, link.kwargs, link.index
+    packet = func.overloadpacket
+    if func is aten.view.dtype:
+        return value.view(base.dtype)
+    if packet in _RESHAPES:
+        return value.reshape(base.shape)
+    if packet is aten.slice:
+        return aten.slice_scatter(base, value, *args, **kwargs)
+    if packet is aten.select:
+        return aten.select_scatter(base, value, *args)
+    if packet is aten.diagonal:
+        return aten.diagonal_scatter(base, value, *args, **kwargs)
+    if packet is aten.as_strided:
+        return aten.as_strided_scatter(base, value, *args)
+    if packet is aten.t:
+        return value.t()
+    if packet is aten.transpose:
+        return value.transpose(*args)
+    if packet is aten.permute:
+        dims = [d % base.dim() for d in args[0]]
+        return value.permute([dims.index(i) for i in range(len(dims))])
+    if packet is aten.unbind:
+        return aten.select_scatter(base, value, args[0] if args else 0, index)
+    if packet in (aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes):
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        sizes = args[0]
+        start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
+        return aten.slice_scatter(base, value, dim, start, start + value.shape[dim])
+    if packet is aten.view_as_real:
+        return torch.view_as_complex(value)
+    if packet is aten.view_as_complex:
+        return torch.view_as_real(value)
+    if packet is aten._conj:
+        return value.conj()
+    raise CaptureError(
+        f"{user_line()}: an in-place write through a view made by {func} can't be expressed as a pure operator. "
+        f"Write to the tensor itself, or build a new tensor."
+    )
+
+
+_RESHAPES = {
+    aten.view, aten._unsafe_view, aten._reshape_alias, aten.alias, aten.detach, aten.squeeze, aten.unsqueeze,
+    aten.lift_fresh,
+}  # fmt: skip
+
+VIEWS_IN_PLACE = {"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"}
+RESHAPING = VIEWS_IN_PLACE | {"resize_", "resize_as_", "set_", "as_strided_"}
+"""Operators that change a tensor's shape in place."""
+
+
+def hand_over(x: torch.Tensor, new: torch.Tensor) -> None:
+    """Give the C++ handle of `x`, a temporary of PyTorch's own C++ functions, to the Python object `new`, a view of it.
+    The object `x`, which derivative rules may hold, stays as it was."""
+    with _disable_current_modes():
+        old = x.detach()
+        torch._C._swap_tensor_impl(x, new)
+        new.set_(x)
+        x.set_(old)
