@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,23 +19,24 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from ..bench import Peak, peak_flops
 from ..data import Dataset
+from ..data.files import write_atomic
+from ..errors import KernelError
 from ..models import ModelConfig
 from .config import Config
 
 
 class Report:
-    """Prints to the terminal and appends to `metrics.jsonl` in the run's folder (a line a step: loss in nats per
-    token, seconds, tokens per second, share of the measured peak)."""
+    """Prints to the terminal and appends to `metrics.jsonl` in the run's folder (a line a step: the step's metrics,
+    among them loss in nats per token; seconds, tokens per second, share of the measured peak)."""
 
     def __init__(self, config: Config, out: Path):
         self.config, self.out = config, out
         self.console = Console(highlight=False)
-        self.tokens_per_step = config.train.batch * config.train.accumulate * config.model.context
         self._bar: Progress | None = None
 
     def note(self, text: str) -> None:
@@ -74,20 +77,21 @@ class Report:
     def progress(self) -> Iterator[None]:
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip; all of it fits into 80 columns
         with Progress(*columns, console=self.console) as self._bar:
             self._task = self._bar.add_task("training", total=self.config.train.steps, completed=self._first, facts="")
             yield
         self._bar = None
 
-    def step(self, done: int, loss: float, grad_norm: float, seconds: float) -> None:
-        rate = self.tokens_per_step / seconds
+    def step(self, done: int, metrics: dict[str, Any], seconds: float, micro_batches: int) -> None:
+        tokens = micro_batches * self.config.train.batch * self.config.model.context
+        rate = tokens / seconds
         share = rate * self.model.flops_per_token() / self.peak
         self._bar.update(
-            self._task, completed=done, facts=f"loss {loss:.3f}  {rate:,.0f} tokens/s  {share:.0%} of peak"
+            self._task, completed=done, facts=f"loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s  {share:.0%} of peak"
         )
-        self._write(step=done, loss=loss, grad_norm=grad_norm, seconds=seconds, tokens_per_second=rate, peak_share=share)
+        self._write(step=done, **metrics, tokens=tokens, seconds=seconds, tokens_per_second=rate, peak_share=share)
 
     def validation(self, done: int, loss: float) -> None:
         self.note(f"step {done:>6}  validation loss {loss:.3f}, {self._bits(loss):.3f} bits per byte")
@@ -113,7 +117,8 @@ class Report:
     def _bits(self, loss: float) -> float:
         return loss / math.log(2) / self.dataset.bytes_per_token
 
-    def _write(self, **line: float) -> None:
+    def _write(self, **line: Any) -> None:
+        line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}  # JSON has no inf
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -121,7 +126,8 @@ class Report:
         """Steps beyond the checkpoint that a resumed run starts from will be written again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            path.write_text("".join(line for line in path.read_text().splitlines(True) if _step(line) <= done))
+            kept = "".join(line for line in path.read_text().splitlines(True) if _step(line) <= done)
+            write_atomic(path, kept.encode())
 
 
 def _step(line: str) -> float:
@@ -152,18 +158,26 @@ def draw_curve(out: Path) -> None:
     if train or valid:
         axes.legend()
     for kind in ("png", "svg"):
-        figure.savefig(out / f"loss.{kind}", dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, dpi=150)
+        write_atomic(out / f"loss.{kind}", picture.getvalue())
     plt.close(figure)
+
+
+def product_peak(precision: str) -> Peak:
+    """The machine's for products of `train.precision`; in fp32 where it has no arithmetic for less."""
+    try:
+        return peak_flops("bfloat16" if precision == "bf16" else "float32")
+    except KernelError:
+        return peak_flops()
 
 
 def print_plan(config: Config) -> None:
     """What a run would do, without doing it: model, work, and time at half of the measured peak."""
-    from ..bench import peak_flops
-
     model, train = config.model_config(), config.train
     tokens = train.batch * train.accumulate * config.model.context
     flops = tokens * model.flops_per_token()
-    peak = peak_flops()
+    peak = product_peak(train.precision)
     print(f"model       {model}")
     print(f"parameters  {model.parameter_count():,}")
     print(f"step        {tokens:,} tokens, {flops / 1e9:,.1f} GFLOP, {flops / peak.value:.3f} s at the measured peak of "

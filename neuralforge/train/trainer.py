@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -13,15 +14,16 @@ from typing import Any
 
 import torch
 
-from .. import resilience
-from ..bench import peak_flops
+from .. import optim, resilience
 from ..compiler import jit
 from ..data import Dataset, Sampler, Tokenizer, bigram_loss, prepare, validation_batches
+from ..data.files import write_atomic
 from ..errors import CheckpointError
 from ..models import build, generate
 from .config import Config, dump, load
-from .report import Report, draw_curve, print_plan
-from .step import State, make_step
+from .report import Report, draw_curve, print_plan, product_peak
+from .schedule import make_plateau, make_schedule
+from .step import State, curvature_due, make_optimizer, make_step, weights
 
 
 def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
@@ -34,54 +36,69 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     if dry_run:
         return print_plan(config)
     start = checkpoint_to_resume(out, resume)
+    check_writable(out)
     report = Report(config, out)
     dataset = prepare_data(config, report)
-    batch, context = config.train.batch * config.train.accumulate, config.model.context
-    sampler = Sampler(dataset.train, batch=batch, context=context, seed=config.train.seed)
-    validation_batches(dataset.valid, config.train.batch, context, limit=1)  # is there text enough?
+    batch, context = config.train.batch, config.model.context
+    sampler = Sampler(dataset.train, batch=batch, context=context, seed=config.train.seed)  # of micro-batches
+    train = config.train
+    controller = optim.noise_scale.BatchController(train.accumulate, train.accumulate_most) if train.accumulate_most else None
+    validation_batches(dataset.valid, batch, context, limit=1)  # is there text enough?
 
     torch.manual_seed(config.train.seed)
     model_config = config.model_config(dataset.tokenizer.vocab_size)
     model = build(model_config, config.train.seed)
     init, step_fn, loss_fn = make_step(model, config)
+    plateau = make_plateau(config)
     step_fn, evaluate = jit(step_fn, donate=(0,)), jit(loss_fn)
     state: State = init()
     done, valid_loss = 0, None
     if start is not None:
-        state, done, valid_loss = restore(start, state, sampler)
+        state, done, valid_loss = restore(start, state, sampler, controller)
 
     write_start(out, config, dataset)  # all that could be wrong has been looked at
     baseline = bigram_loss(dataset.train, dataset.valid, model_config.vocab_size)
-    report.start(done, model_config, dataset, baseline, peak_flops().value)
+    report.start(done, model_config, dataset, baseline, product_peak(train.precision).value)
 
     def validate() -> float:
         model.eval()
-        batches = validation_batches(dataset.valid, config.train.batch, context, config.train.eval_batches)
-        losses = [evaluate(state["params"], b["tokens"]).item() for b in batches]
+        params = weights(config, state)
+        batches = validation_batches(dataset.valid, batch, context, config.train.eval_batches)
+        losses = [evaluate(params, b["tokens"]).item() for b in batches]
         model.train()
         return sum(losses) / len(losses)
 
     def save() -> None:
         tensors = {**resilience.flatten(state), "rng": torch.get_rng_state()}
-        metadata = {"step": done, "sampler": sampler.state_dict(), "valid_loss": valid_loss}
+        positions = {"sampler": sampler.state_dict(), "controller": controller and controller.state_dict()}
+        metadata = {"step": done, **positions, "valid_loss": valid_loss}
         resilience.save(out / "checkpoints", f"step-{done:08d}", tensors, metadata, keep=config.train.keep)
 
     with stop_requested() as stop, report.progress():
         while done < config.train.steps and not stop():
             began = time.perf_counter()
-            state, metrics = step_fn(state, next(sampler)["tokens"])
-            loss = metrics["loss"].item()
+            count = controller.count if controller else train.accumulate
+            tokens = torch.cat([next(sampler)["tokens"] for _ in range(count)])
+            state, metrics = step_fn(state, tokens, curvature_due(config, done))
+            told = {name: metric.tolist() for name, metric in metrics.items()}
+            if "grad_norms" in told:
+                told["grad_norms"] = dict(zip(state["params"], told["grad_norms"]))
+            loss = told["loss"]
             done += 1
             if not math.isfinite(loss):
                 raise CheckpointError(
                     f"the loss is {loss} at step {done}; the newest checkpoint before it is kept in "
                     f"{out / 'checkpoints'}. Lower --optimizer.lr or lengthen --schedule.warmup, and resume from it."
                 )
-            report.step(done, loss, metrics["grad_norm"].item(), time.perf_counter() - began)
+            report.step(done, told, time.perf_counter() - began, count)
+            if controller:
+                controller.step(told["noise_scale"], count * batch * context)
             last = done == config.train.steps
             if done % config.train.eval_every == 0 or last:
                 valid_loss = validate()
                 report.validation(done, valid_loss)
+                if plateau:
+                    state["plateau"] = plateau.observe(state["plateau"], valid_loss)
             if done % config.train.checkpoint_every == 0 or last or stop():
                 save()
         interrupted = stop() and done < config.train.steps
@@ -108,6 +125,15 @@ def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
     return newest
 
 
+def check_writable(out: Path) -> None:
+    """Raises CheckpointError where the run's folder can't be made or written to; makes nothing yet."""
+    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise CheckpointError(f"{out}: can't make the run's folder: {nearest} is a file. Choose another with --out.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out}: can't write the run's folder: {nearest} isn't writable. Choose another with --out.")
+
+
 def prepare_data(config: Config, report: Report) -> Dataset:
     data = config.data
     with report.preparing() as progress:
@@ -118,18 +144,22 @@ def write_start(out: Path, config: Config, dataset: Dataset) -> None:
     """The run's folder, with what is needed to use its checkpoints."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(dump(config), encoding="utf-8")
     except OSError as e:
         raise CheckpointError(f"{out}: can't make the run's folder: {e}. Choose another with --out.") from e
+    write_atomic(out / "config.toml", dump(config).encode())
     dataset.tokenizer.save(out / "tokenizer.json")
 
 
-def restore(folder: Path, like: State, sampler: Sampler) -> tuple[State, int, float | None]:
-    """The training state of a checkpoint; sets the sampler and the random generator."""
+def restore(
+    folder: Path, like: State, sampler: Sampler, controller: optim.noise_scale.BatchController | None
+) -> tuple[State, int, float | None]:
+    """The training state of a checkpoint; sets the sampler, the controller of the batch and the random generator."""
     tensors, metadata = resilience.load(folder)
     torch.set_rng_state(tensors.pop("rng"))
     state = resilience.unflatten(tensors, like)
     sampler.load_state_dict(metadata["sampler"])
+    if controller and metadata["controller"]:
+        controller.load_state_dict(metadata["controller"])
     return state, metadata["step"], metadata["valid_loss"]
 
 
@@ -142,14 +172,16 @@ def load_run(folder: Path) -> tuple[torch.nn.Module, Tokenizer, Config]:
     tensors, _ = resilience.load(newest)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     model = build(config.model_config(tokenizer.vocab_size), 0)
-    params = {name: tensors[f"params.{name}"] for name, _ in model.named_parameters()}
-    model.load_state_dict(params, strict=False)
+    fresh = {name: p.detach() for name, p in model.named_parameters()}
+    like = {"params": fresh, "optimizer": make_optimizer(config, make_schedule(config)).init(fresh)}
+    own = {path: x for path, x in tensors.items() if path.partition(".")[0] in like}
+    model.load_state_dict(weights(config, resilience.unflatten(own, like)), strict=False)
     return model, tokenizer, config
 
 
 def sample(model: torch.nn.Module, state: State, dataset: Dataset, config: Config) -> str:
     """Text continued from the configured prompt by the trained weights."""
-    model.load_state_dict(state["params"], strict=False)
+    model.load_state_dict(weights(config, state), strict=False)
     prompt = dataset.tokenizer.encode(config.sample.prompt)
     tokens = generate(
         model,

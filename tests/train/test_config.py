@@ -8,7 +8,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neuralforge.errors import ConfigError
-from neuralforge.train.config import SECTIONS, Config, dump, keys, load, nearest, resolve, set_key
+from neuralforge.train.config import (
+    SECTIONS,
+    Config,
+    Optimizer,
+    Train,
+    choices,
+    dump,
+    keys,
+    load,
+    nearest,
+    resolve,
+    set_key,
+)
 
 
 def write(tmp_path, text):
@@ -194,7 +206,8 @@ def test_errors_in_flags(key, text, message):
         ("train.steps", "0", r"train\.steps=0; expected at least 1"),
         ("optimizer.lr", "0", r"optimizer\.lr=0\.0; expected a number above 0"),
         ("data.valid_fraction", "0.9", "valid_fraction=0.9"),
-        ("schedule.warmup", "1000000", r"schedule\.warmup=1000000; expected at most train\.steps"),
+        ("optimizer.gamma", "0.1", r"optimizer\.gamma=0\.1; expected none with optimizer\.name=adamw.*those that do: sophia_h, sophia_g"),
+        ("schedule.warmup", "1000000", r"schedule\.warmup=1000000; expected at least 0 and at most train\.steps"),
         ("model.n_heads", "7", "doesn't divide"),
         ("model.dropout", "1.5", "dropout"),
         ("data.vocab_size", "10", "vocab_size=10"),
@@ -205,6 +218,10 @@ def test_errors_in_flags(key, text, message):
         ("data.cache", "", r"data\.cache=''; expected a path"),
         ("train.out", "~nobody-of-that-name/x", r"train\.out='~nobody-of-that-name/x'; expected a path; ~ or ~user is"),
         ("optimizer.betas", "0.9,1", r"optimizer\.betas=\(0\.9, 1\.0\); expected two in \[0, 1\)"),
+        ("optimizer.momentum", "0.9", r"optimizer\.momentum=0\.9; expected none with optimizer\.name=adamw.*those that do: sgd, muon"),
+        ("optimizer.ema", "1", r"optimizer\.ema=1\.0; expected a number in \[0, 1\)"),
+        ("optimizer.lookahead", "0", r"optimizer\.lookahead=0; expected at least 1"),
+        ("optimizer.clip_share", "0", r"optimizer\.clip_share=0\.0; expected a number above 0"),
         ("model.n_kv_heads", "2", r"model\.n_kv_heads=2 with model\.n_heads=4, kind gpt2; expected the same number"),
     ],
 )
@@ -213,9 +230,42 @@ def test_values_out_of_range(key, text, message):
         resolve(set_key(Config(), key, text))
 
 
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("sgd", {"nesterov": True, "momentum": 0.0}, r"optimizer\.nesterov=True; expected false without momentum"),
+        ("schedule_free_adamw", {"betas": (0.0, 0.9)}, r"optimizer\.betas=\(0\.0, 0\.9\); expected the first above 0"),
+        ("lion", {"eps": 1e-8}, r"optimizer\.eps=1e-08; expected none with optimizer\.name=lion"),
+        ("muon", {"adamw_lr": 0.0}, r"optimizer\.adamw_lr=0\.0; expected a number above 0"),
+    ],
+)
+def test_options_of_an_optimizer(name, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(Config(optimizer=Optimizer(name=name, **wrong)))
+
+
+def test_left_out_values_follow_the_optimizer():
+    found = {name: resolve(Config(optimizer=Optimizer(name=name))) for name in choices("optimizer.name")}
+    assert len({c.optimizer.lr for c in found.values()}) > 3
+    assert {n for n, c in found.items() if c.schedule.name == "constant"} == {"schedule_free_adamw"}
+    assert resolve(Config(optimizer=Optimizer(name="muon", lr=0.01))).optimizer.adamw_lr == 0.01
+    assert resolve(Config(optimizer=Optimizer(name="muon", lr=0.01, scaling="original"))).optimizer.adamw_lr == 0.003
+    for c in found.values():
+        assert resolve(c) == c
+
+
 def test_every_key_can_be_set_from_a_flag_and_is_documented():
     from neuralforge.cli.train import usage
 
     told = usage()
     for key in keys():
         assert f"--{key}=" in told, key
+        assert all(choice in " ".join(told.split()).partition(f"--{key}=")[2] for choice in choices(key)), key
+
+
+@pytest.mark.parametrize("accumulate, most", [(1, 4), (2, 3), (2, 6), (4, 2)])
+def test_how_far_the_batch_may_grow(accumulate, most):
+    train = Train(accumulate=accumulate, accumulate_most=most)
+    with pytest.raises(ConfigError, match=rf"train\.accumulate_most={most}; expected train\.accumulate={accumulate}, at least 2, times a power"):
+        resolve(Config(train=train))
+    assert resolve(Config(train=Train(accumulate=2, accumulate_most=8))).train.accumulate_most == 8
