@@ -30,10 +30,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import models  # beside this file
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import MODELS, tokens_for  # beside this file
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -54,7 +54,11 @@ from neuralforge.models import GPT2, Llama, ModelConfig, build, next_token_loss
 OPERATIONS = 400
 GPT = ModelConfig("gpt2", 50304, 1024, 1600, 48, 25, 25, 6400, tie_embeddings=False)
 LLAMA = ModelConfig("llama", 32000, 2048, 4096, 32, 32, 32, 11008, tie_embeddings=False)
-EAGER = {**MODELS, "gpt2, dropout 0.1": (dataclasses.replace(MODELS["gpt2"][0], dropout=0.1), MODELS["gpt2"][1])}
+EAGER = {
+    "gpt2": (models.GPT, 8),
+    "llama": (models.LLAMA, 4),
+    "gpt2, dropout 0.1": (dataclasses.replace(models.GPT, dropout=0.1), 8),
+}
 FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 HAVE_JAX = importlib.util.find_spec("jax") is not None
 
@@ -161,7 +165,8 @@ def report_capture(name: str) -> None:
 def report_memory(name: str, model: str) -> None:
     """Print the peaks of one value and gradient in this process."""
     config, batch = EAGER[model]
-    network, tokens = build(config, 0), tokens_for(config, batch)
+    network = build(config, 0)
+    tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), generator=torch.Generator().manual_seed(1))
     params = {n: p.detach() for n, p in network.named_parameters()}
     f = {"nf.value_and_grad": nf.value_and_grad, "torch.autograd": with_autograd}[name](loss_of(network))
     f(params, tokens)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 
-def make_loss(c: Any) -> Callable[[dict, Any], Any]:
-    """loss(weights by name, tokens [B, T + 1])."""
+def make_loss(c: Any, dtype: Any) -> Callable[..., Any]:
+    """loss(weights by name, data), products and attention in `dtype`."""
 
     def norm(p, name, x):
         if c.kind == "llama":
@@ -21,15 +21,15 @@ def make_loss(c: Any) -> Callable[[dict, Any], Any]:
         return x * p[f"{name}.weight"] + p[f"{name}.bias"]
 
     def linear(p, name, x):
-        y = x @ p[f"{name}.weight"].T
-        return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
+        y = x.astype(dtype) @ p[f"{name}.weight"].T.astype(dtype)
+        return y + p[f"{name}.bias"].astype(dtype) if f"{name}.bias" in p else y
 
     def heads(x):
         return x.reshape(*x.shape[:2], -1, c.d_head)
 
     def rotate(x, cos, sin):
         a, b = jnp.split(x, 2, -1)
-        return x * cos + jnp.concatenate([-b, a], -1) * sin
+        return (x * cos + jnp.concatenate([-b, a], -1) * sin).astype(dtype)
 
     def block(p, n, x, rope):
         h = norm(p, f"{n}.norm1", x)
@@ -48,7 +48,17 @@ def make_loss(c: Any) -> Callable[[dict, Any], Any]:
             up = jax.nn.gelu(up, approximate=True)
         return x + linear(p, f"{n}.feed_forward.out", up)
 
-    def loss_fn(p, tokens):
+    def classify(p, x, y):
+        x = linear(p, "enter", x)
+        for i in range(c.n_layers):
+            h = jax.nn.gelu(linear(p, f"ups.{i}", norm(p, f"norms.{i}", x)), approximate=False)
+            x = x + linear(p, f"downs.{i}", h)
+        return cross_entropy(linear(p, "head", x), y)
+
+    def cross_entropy(logits, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()
+
+    def next_token(p, tokens):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         T = inputs.shape[1]
         x = p["tokens.weight"][inputs]
@@ -58,30 +68,29 @@ def make_loss(c: Any) -> Callable[[dict, Any], Any]:
             x = x + p["positions.weight"][:T]
         for i in range(c.n_layers):
             x = block(p, f"blocks.{i}", x, (jnp.cos(angle), jnp.sin(angle)))
-        logits = norm(p, "norm", x) @ p["head.weight"].T
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        return cross_entropy(linear(p, "head", norm(p, "norm", x)), targets)
 
-    return loss_fn
+    return classify if c.kind == "mlp" else next_token
 
 
-def make_step(config: Any, weights: dict, tokens: Any, lr, betas, eps, decay, clip) -> Callable[[], float]:
-    loss_fn = make_loss(config)
+def make_step(config: Any, weights: dict, data: list, precision: str, lr, betas, eps, decay, clip) -> Callable[[], float]:
+    loss_fn = make_loss(config, jnp.bfloat16 if precision == "bf16" else jnp.float32)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip), optax.adamw(lr, betas[0], betas[1], eps, weight_decay=decay)
     )
 
-    def step(params, state, tokens):
-        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
+    def step(params, state, *data):
+        loss, grads = jax.value_and_grad(loss_fn)(params, *data)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     step = jax.jit(step, donate_argnums=(0, 1))
     params = {name: jnp.array(w) for name, w in weights.items()}
-    state, tokens = optimizer.init(params), jnp.array(tokens)
+    state, data = optimizer.init(params), [jnp.array(x) for x in data]
 
     def run() -> float:
         nonlocal params, state
-        params, state, loss = step(params, state, tokens)
+        params, state, loss = step(params, state, *data)
         return float(loss)
 
     return run

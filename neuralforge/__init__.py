@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import optim, testing
+    from . import operators, optim, random, testing
     from .autograd import (
         GradientTape,
         checkpoint,
@@ -30,15 +30,19 @@ if TYPE_CHECKING:
         vjp,
         vmap,
     )
-    from .compiler import explain, jit
+    from .bench.explain import explain
+    from .compiler import jit
 
 __all__ = [
     "GradientTape", "checkpoint", "checkpoint_name", "custom_jvp", "custom_vjp", "explain", "grad", "hessian", "hvp",
-    "jacfwd", "jacrev", "jit", "jvp", "linearize", "opaque", "optim", "save_only", "save_products", "stop_gradient",
-    "testing", "value_and_grad", "vjp", "vmap",
+    "jacfwd", "jacrev", "jit", "jvp", "linearize", "opaque", "operators", "optim", "random", "save_only", "save_products",
+    "stop_gradient", "testing", "value_and_grad", "vjp", "vmap",
 ]  # fmt: skip
 
-_HOME = {"explain": "compiler", "jit": "compiler", "optim": "optim", "testing": "testing"}  # the rest: autograd
+_HOME = {
+    "explain": "bench.explain", "jit": "compiler", "operators": "operators", "optim": "optim", "random": "random", "testing": "testing",
+}  # fmt: skip
+"""The rest is in autograd."""
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,13 @@ The command line prints it and leaves with exit code 2; a library user catches i
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from pathlib import Path
+
+_NOT_THE_USERS = (str(Path(__file__).parent), os.path.dirname(os.__file__), "<")
+
 
 class NeuralForgeError(Exception):
     """Base of all errors that are the caller's to mend."""
@@ -37,3 +44,15 @@ class MemoryBudgetError(NeuralForgeError):
 
 class KernelError(NeuralForgeError):
     """A native kernel can't be built or loaded."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at the user's line: the innermost outside this package, torch and Python's library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and not _is_users(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith(_NOT_THE_USERS) and "/torch/" not in filename

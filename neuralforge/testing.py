@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .autograd import jvp, vjp
+from .graph.tree import tree_flatten, tree_map, tree_unflatten
 
 
 def check_grads(

@@ -29,6 +29,8 @@ class Machine:
     """Those this process may use: affinity and the container's quota."""
     vector_features: tuple[str, ...]
     isa: str
+    amx: bool
+    """Tiles of bfloat16, granted to this process."""
     caches: dict[str, int]
     numa_nodes: int
     memory: int
@@ -63,6 +65,7 @@ def inspect_machine() -> Machine:
         usable_cores=usable_cores(),
         vector_features=tuple(f for f in VECTOR_FEATURES if f in toolchain.cpu_features()),
         isa=toolchain.isa(),
+        amx=toolchain.amx_granted(),
         caches=_caches(),
         numa_nodes=len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
         memory=memory.total,

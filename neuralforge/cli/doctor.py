@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from ..bench import bandwidth, peak_flops
 from ..bench.machine import Machine, compiles, inspect_machine
@@ -12,28 +14,36 @@ from ..errors import KernelError
 from ..kernels.choices import Choices
 from .flags import split_flags
 
-USAGE = """usage: neuralforge doctor [--json]
+USAGE = """usage: neuralforge doctor [--products] [--json]
 
-Shows what this machine has, measures what it can do (two seconds), and says what to do about what it hasn't."""
+Shows what this machine has, measures what it can do (two seconds), and says what to do about what it hasn't.
+
+  --products    all matrix products timed on this machine so far, not only the largest
+  --json        the same for programs"""
 
 OK, WARN, MISSING = "ok", "warn", "missing"
+LARGEST = 12
+"""Products told of unless all are asked for."""
 Line = tuple[str, str, str, str]
 """State, subject, fact, advice."""
 
 
 def main(argv: list[str]) -> None:
-    switches = {name for name, _ in split_flags(argv, [], ["json", "help"])}
+    switches = {name for name, _ in split_flags(argv, [], ["json", "products", "help"])}
     if "help" in switches:
         print(USAGE)
         return
     machine = inspect_machine()
     if "json" in switches:
         checks = [dict(zip(("state", "subject", "fact", "advice"), line)) for line in lines(machine)]
-        measured = {"peaks": peaks(), "bandwidth": bandwidth().value}
+        measured = {"peaks": peaks(), "bandwidth": bandwidth().value, "products": [asdict(p) for p in timed_products()]}
         print(json.dumps({**asdict(machine), **measured, "checks": checks}, indent=1))
         return
     for state, subject, fact, advice in lines(machine):
         print(f"{state:<8}{subject:<14}{fact}" + (f"\n{'':22}-> {advice}" if advice else ""))
+    timed = timed_products()
+    if timed:
+        print("\n" + "\n".join(product_table(timed if "products" in switches else timed[:LARGEST], len(timed))))
 
 
 def lines(m: Machine) -> Iterator[Line]:
@@ -46,7 +56,11 @@ def lines(m: Machine) -> Iterator[Line]:
     yield (OK if m.isa != "portable" else WARN), "vectors", f"{m.isa} ({' '.join(m.vector_features) or 'none known'})", (
         "" if m.isa != "portable" else "kernels are compiled without vector extensions and run several times slower"
     )  # fmt: skip
-    yield OK, "bf16", "in hardware" if "avx512_bf16" in m.vector_features else "not in hardware: float32 is faster", ""
+    refused = "amx_bf16" in m.vector_features and not m.amx
+    bfloat16 = "avx512_bf16" in m.vector_features or m.amx
+    yield (WARN if refused else OK), "bf16", (
+        "in hardware" + (", AMX tiles" if m.amx else "") if bfloat16 else "not in hardware: float32 is faster"
+    ), "the CPU has AMX, and the kernel refuses it: Linux 5.16 or newer, outside a sandbox, grants it" if refused else ""
     yield OK, "caches", ", ".join(f"{k} {v >> 10} KiB" for k, v in m.caches.items()) or "not told", ""
     yield OK, "numa nodes", str(m.numa_nodes), "bind one process a node with numactl" if m.numa_nodes > 1 else ""
     tight = m.available_memory < 2e9
@@ -69,8 +83,6 @@ def lines(m: Machine) -> Iterator[Line]:
     for dtype, value in peaks().items():
         yield OK, "peak", f"{value / 1e9:,.0f} GFLOP/s {dtype}, measured", ""
     yield OK, "bandwidth", f"{gigabytes(bandwidth().value)}/s, measured", ""
-    for name, count in products().items():
-        yield OK, "products", f"{name} is the fastest for {count} matrix shapes timed so far", ""
     unseen = m.nvidia_driver and not m.gpus
     yield (WARN if unseen else OK), "gpus", ", ".join(m.gpus) or "none that torch can use: everything runs on the CPU", (
         "an NVIDIA driver is here: install a CUDA build of torch, or check CUDA_VISIBLE_DEVICES" if unseen else ""
@@ -94,9 +106,54 @@ def peaks() -> dict[str, float]:
     return found
 
 
-def products() -> dict[str, int]:
-    """How many matrix shapes each library won on this machine."""
-    wins: dict[str, int] = {}
-    for entry in Choices("products").table.values():
-        wins[entry["choice"]] = wins.get(entry["choice"], 0) + 1
-    return wins
+@dataclass
+class Timed:
+    """A matrix product of which the candidates were timed on this machine. `operands` are shapes with strides."""
+
+    name: str
+    operands: list[tuple[list[int], list[int]]]
+    conditions: str
+    flops: int
+    seconds: dict[str, float]
+    choice: str
+
+
+def timed_products() -> list[Timed]:
+    """The table of choices between libraries, the products with the most arithmetic first."""
+    found = []
+    for key, entry in Choices("products").table.items():
+        if "like" in entry:  # not timed
+            continue
+        name, _, rest = key.partition(" ")
+        groups = [[int(n) for n in group.split(",") if n.strip()] for group in re.findall(r"\(([^)]*)\)", rest)]
+        operands = list(zip(groups[::2], groups[1::2]))
+        matrices = [shape for shape, _ in operands if len(shape) > 1]
+        flops = 2 * math.prod(matrices[-2]) * matrices[-1][-1] if len(matrices) > 1 else 0
+        conditions = rest.rpartition(")")[2].strip()
+        found.append(Timed(name.removeprefix("aten."), operands, conditions, flops, entry["seconds"], entry["choice"]))
+    return sorted(found, key=lambda p: -p.flops)
+
+
+def product_table(shown: list[Timed], count: int) -> Iterator[str]:
+    """Shapes, whether each matrix lies by rows or by columns, and of each candidate milliseconds and GFLOP/s."""
+    candidates = list(dict.fromkeys(name for p in shown for name in p.seconds))
+    yield f"matrix products timed on this machine, ms (GFLOP/s) of each candidate; * is chosen; {len(shown)} of {count}" + (
+        "" if len(shown) == count else ", all with --products"
+    )  # fmt: skip
+    yield f"{'product':<9}{'shapes and layouts':<38}{''.join(f'{name:>18}' for name in candidates)}  conditions"
+    for p in shown:
+        shapes = " ".join("x".join(map(str, shape)) + layout(shape, strides) for shape, strides in p.operands)
+        cells = ""
+        for name in candidates:
+            seconds = p.seconds.get(name)
+            chosen = "*" if name == p.choice else " "
+            sound = seconds is not None and 0 < seconds < math.inf
+            cells += f"{f'{seconds * 1e3:.3f} ({p.flops / seconds / 1e9:,.0f}){chosen}' if sound else '- ':>18}"
+        yield f"{p.name:<9}{shapes:<38}{cells}  {p.conditions}"
+
+
+def layout(shape: list[int], strides: list[int]) -> str:
+    """By rows "", by columns "t", otherwise "s"."""
+    if len(shape) < 2 or strides[-1] == 1 or shape[-1] == 1:
+        return ""
+    return "t" if strides[-2] == 1 else "s"

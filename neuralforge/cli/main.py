@@ -14,7 +14,11 @@ from ..errors import NeuralForgeError
 
 VERBS = {
     "train": "train a model on text, by default on this Python's own standard library",
+    "sweep": "train over values of configuration keys and seeds, and compare",
+    "lr": "look for a learning rate",
+    "schedule": "draw the learning rate of a training run",
     "generate": "continue a prompt with a trained model",
+    "explain": "show what the compiler makes of the training step, and what it costs",
     "doctor": "show what this machine has and what to do about what it hasn't",
 }
 

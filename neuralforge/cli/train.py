@@ -6,10 +6,12 @@ import ast
 import inspect
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..train import config as configuration
-from ..train.config import Config, load, resolve, set_key
+from ..train.config import Config, load, locate, resolve, set_key
 from .flags import split_flags
 
 SHORT = {"data": "data.path", "out": "train.out", "steps": "train.steps", "depth": "model.depth"}
@@ -27,12 +29,12 @@ def main(argv: list[str]) -> None:
         print(usage())
         return
     values = [(SHORT.get(name, name), value) for name, value in flags if value is not None]
-    config = configure(values, Config())
+    config, files = configure(values, Config()), []
     written = Path(os.path.expanduser(config.train.out)) / "config.toml"
     if "resume" in switches and written.exists():
         run_there = set_key(load(written), "train.out", config.train.out)  # the folder may have been moved
-        config = configure(values, run_there)
-    config = resolve(config)
+        config, files = configure(values, run_there), [written]
+    config = resolve_with_places(config, values, files)
     from ..train.trainer import run
 
     run(config, resume="resume" in switches, dry_run="dry-run" in switches)
@@ -49,6 +51,17 @@ def configure(values: list[tuple[str, str]], base: Config) -> Config:
     return base
 
 
+def resolve_with_places(config: Config, values: list[tuple[str, str]], files: Sequence[Path] = ()) -> Config:
+    """`resolve`; its errors name file and line of a value that `files`, or those named by --config, gave."""
+    try:
+        return resolve(config)
+    except ConfigError as e:
+        if any(name != "config" and str(e).startswith(f"{name}=") for name, _ in values):
+            raise
+        more = [Path(os.path.expanduser(value)) for name, value in values if name == "config"]
+        raise locate(e, [*files, *more]) from None
+
+
 def usage() -> str:
     lines = ["usage: neuralforge train [--config=FILE.toml] [--section.key=value ...] [switches]", ""]
     lines += [f"  --{name:<24} {what}" for name, what in SWITCHES.items()]
@@ -59,8 +72,9 @@ def usage() -> str:
         for key in told:
             value = getattr(default, key)
             choices = configuration.choices(f"{section}.{key}")
-            among = f", of {', '.join(choices)}" if len(choices) > 1 else ""
-            shown = "" if value is None else f" ({configuration.toml_value(value)}{among})"
+            among = [f"of {', '.join(choices)}"] if len(choices) > 1 else []
+            parts = [*([] if value is None else [configuration.toml_value(value)]), *among]
+            shown = f" ({', '.join(parts)})" if parts else ""
             first, *rest = textwrap.wrap(told[key] + shown, 84)
             lines.append(f"  --{section + '.' + key + '=':<26}{first}")
             lines += [" " * 30 + line for line in rest]

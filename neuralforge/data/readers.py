@@ -144,7 +144,7 @@ def read_parquet(path: Path, column: str) -> Iterator[Piece]:
                         row += 1
                         yield from whole(text, f"{path} row {row}")
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not a sound parquet file: {error}. Write or download it "
+            raise DataError(f"{path} is not a sound parquet file: {str(error).rstrip('.')}. Write or download it "
                             f"again.") from error
 
 

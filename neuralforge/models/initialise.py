@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .config import ModelConfig
 from .gpt2 import GPT2
@@ -15,10 +16,19 @@ from .llama import Llama
 KINDS = {"gpt2": GPT2, "llama": Llama}
 
 
+class _Unfilled(TorchFunctionMode):
+    """Skips what torch.nn.init does: on the meta device it fills nothing, but imports torch._dynamo (0.9 s) to do so."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def build(config: ModelConfig, seed: int = 0) -> nn.Module:
     """The model with weights from N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 n_layers)
     (GPT-2's initialisation), biases zero, norms one. Depends on `seed` only; the global generator isn't touched."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = KINDS[config.kind](config)
     generator = torch.Generator().manual_seed(seed)
     weights = {}

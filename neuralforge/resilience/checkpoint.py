@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import CheckpointError
+from ..graph.tree import tree_flatten_with_path, tree_unflatten
 from . import tensor_file
 from .tensor_file import Checksums, Damaged
 

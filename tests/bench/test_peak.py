@@ -57,14 +57,25 @@ def test_without_a_compiler_products_are_timed(monkeypatch):
 
 
 def test_bfloat16_needs_its_instructions(monkeypatch):
+    monkeypatch.setattr(peak, "amx_granted", lambda: False)
     monkeypatch.setattr(peak, "cpu_features", lambda: frozenset({"avx2"}))
     with pytest.raises(KernelError, match="no bfloat16 arithmetic"):
         peak_flops("bfloat16")
 
 
 @pytest.mark.skipif("avx512_bf16" not in toolchain.cpu_features(), reason="no bfloat16 instructions")
-def test_bfloat16():
-    assert peak_flops("bfloat16", 1).value > 1e9
+def test_bfloat16(monkeypatch):
+    monkeypatch.setattr(peak, "amx_granted", lambda: False)
+    found = peak_flops("bfloat16", 1)
+    assert found.value > 1e9 and "multiply-adds" in found.how
+
+
+@pytest.mark.skipif(not toolchain.amx_granted(), reason="no AMX")
+def test_amx():
+    found = peak_flops("bfloat16", 2)
+    assert 1e10 < found.value < 1e13 and "AMX tile products" in found.how
+    a, b = (torch.randn(256, 256).bfloat16() for _ in range(2))  # oneDNN's own tiles after ours
+    assert torch.allclose((a @ b).float(), a.float() @ b.float(), atol=0.5, rtol=0.02)
 
 
 def test_wrong_arguments():

@@ -33,7 +33,7 @@ def test_the_command_itself(args, message, tmp_path):
     assert done.stderr.startswith("error: ") and message in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["generate"], ["doctor"]])
+@pytest.mark.parametrize("verb", [[], ["train"], ["sweep"], ["lr"], ["schedule"], ["generate"], ["doctor"]])
 def test_help(verb, capsys):
     assert main([*verb, "--help"]) == 0
     told = capsys.readouterr().out
@@ -73,8 +73,8 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["trian"], "unknown verb 'trian'; expected one of train, generate, doctor. Did you mean train?"),
-        (["--verson"], "unknown verb '--verson'; expected one of train, generate, doctor. Did you mean --version?"),
+        (["trian"], "unknown verb 'trian'; expected one of train, sweep, lr, schedule, generate, explain, doctor. Did you mean train?"),
+        (["--verson"], "unknown verb '--verson'; expected one of train, sweep, lr, schedule, generate, explain, doctor. Did you mean --version?"),
         (["train", "--out="], "train.out=''; expected a path"),
         (["train", "--data="], "data.path=''; expected a path"),
         (["train", "--train.step=3"], "unknown option --train.step. Did you mean --train.steps?"),

@@ -11,9 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from neuralforge.cli.main import main
+from neuralforge.data import prepare, validation_batches
+from neuralforge.models import next_token_loss
 from neuralforge.resilience import latest, load
+from neuralforge.train import load_run
 from neuralforge.train.config import load as load_config
 
 TEXT = "\n".join(f"def square_{i}(x):\n    return x * x + {i}\n" for i in range(2000))
@@ -66,9 +70,22 @@ def test_a_whole_run(text, tmp_path, capsys):
     assert checkpoint(out)[1]["step"] == 90
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_resume_is_bit_for_bit(kind, text, tmp_path, capsys):
-    args = [*text, "--steps=30", f"--model.kind={kind}", "--model.dropout=0.1"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--model.dropout=0.1"],
+        ["--model.dropout=0.1", "--model.kind=llama"],
+        ["--optimizer.name=sophia_h", "--optimizer.curvature_every=7"],
+        ["--optimizer.name=sophia_g", "--optimizer.curvature_every=7", "--optimizer.like=official", "--train.accumulate=2"],
+        ["--optimizer.name=lion", "--optimizer.lookahead=3", "--optimizer.clip_share=0.05"],
+        ["--optimizer.name=muon", "--optimizer.ema=0.9"],
+        ["--optimizer.name=schedule_free_adamw"],
+        ["--train.precision=fp16"],
+        ["--train.accumulate=2", "--train.accumulate_most=4", "--train.batch=1", "--model.context=4"],
+    ],
+)
+def test_resume_is_bit_for_bit(more, text, tmp_path, capsys):
+    args = [*text, "--steps=30", *more]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert main(["train", *args, f"--out={whole}"]) == 0
     assert main(["train", *args, f"--out={halves}"]) == 0
@@ -77,8 +94,50 @@ def test_resume_is_bit_for_bit(kind, text, tmp_path, capsys):
     a, b = checkpoint(whole), checkpoint(halves)
     assert a[1] == b[1] and a[0].keys() == b[0].keys()
     assert all((a[0][name] == b[0][name]).all() for name in a[0])
-    losses = lambda out: [(line["step"], line.get("loss"), line.get("valid_loss")) for line in metrics(out)]
+    told = ("step", "loss", "valid_loss", "unclipped", "tokens", "noise_scale", "loss_scale")
+    losses = lambda out: [[line.get(name) for name in told] for line in metrics(out)]
     assert losses(whole) == losses(halves)
+    tokens = {line["tokens"] for line in metrics(whole) if "loss" in line}
+    assert tokens == ({8, 16} if "--train.accumulate_most=4" in more else {256} if "--train.accumulate=2" in more else {128})
+    estimates = [line["step"] for line in metrics(whole) if "unclipped" in line]
+    first = {"sophia_h": 1, "sophia_g": 7}.get(more[0].partition("=")[2])
+    assert estimates == (list(range(first, 31, 7)) if first else [])
+
+
+@pytest.mark.parametrize("more", [["--optimizer.name=schedule_free_adamw"], ["--optimizer.name=sgd", "--optimizer.ema=0.8"]])
+def test_averaged_weights_are_validated_and_loaded(more, text, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", *text, "--steps=20", *more, f"--out={out}"]) == 0
+    tensors, metadata = checkpoint(out)
+    model, tokenizer, config = load_run(out)
+    for name, p in model.named_parameters():
+        trained = tensors[f"params.{name}"]
+        if "ema" in more[-1]:
+            expected = tensors[f"optimizer.average.{name}"]
+        else:
+            expected = trained + (tensors[f"optimizer.z.{name}"] - trained) * (1 - 1 / 0.9)
+        assert torch.equal(p, expected) and not torch.equal(p, trained), name
+    data = prepare(config.data.path, Path(config.data.cache), config.data.vocab_size, config.data.valid_fraction)
+    batches = validation_batches(data.valid, config.train.batch, config.model.context, config.train.eval_batches)
+    losses = [next_token_loss(model(b["tokens"][:, :-1]), b["tokens"][:, 1:]).item() for b in batches]
+    assert sum(losses) / len(losses) == pytest.approx(metadata["valid_loss"], rel=1e-5)
+
+
+def test_reduce_on_plateau_lowers_the_rate_and_is_resumed(text, tmp_path):
+    """A rate so high that validation doesn't get better: the share is in every checkpoint, and steps get smaller with it."""
+    args = [*text, "--steps=30", "--schedule.name=reduce_on_plateau", "--schedule.patience=0", "--schedule.factor=0.0",
+            "--schedule.final=0.0", "--schedule.warmup=0", "--schedule.threshold=1.0"]  # fmt: skip
+    out = tmp_path / "run"
+    assert main(["train", *args, f"--out={out}"]) == 0
+    steps = {p.name: load(p)[0] for p in (out / "checkpoints").glob("step-*")}
+    assert sorted(steps) == ["step-00000020", "step-00000030"] and steps["step-00000020"]["plateau.share"] == 0
+    weights = [{n: t for n, t in tensors.items() if n.startswith("params.")} for tensors in steps.values()]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0]), "a rate of 0 changes nothing"
+    shutil.rmtree(out / "checkpoints" / "step-00000030")
+    assert main(["train", "--resume", f"--out={out}"]) == 0
+    again = checkpoint(out)[0]
+    assert again.keys() == steps["step-00000030"].keys()
+    assert all(torch.equal(again[n], t) for n, t in steps["step-00000030"].items())
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -135,6 +194,29 @@ def test_a_tilde_is_the_home_folder(text, tmp_path, monkeypatch, capsys):
     assert main(["train", "--resume", "--steps=2", "--out=~/run"]) == 0
     assert checkpoint(home / "run")[1]["step"] == 2 and not list(here.iterdir())
     assert main(["generate", "--out=~/run", "--tokens=1"]) == 0
+
+
+@pytest.mark.parametrize("out", ["notes.txt", "notes.txt/run", "locked/run"])
+def test_a_folder_that_cannot_be_made_is_told_before_the_data_is_prepared(out, tmp_path, capsys, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    assert main(["train", f"--data={tmp_path / 'missing.txt'}", f"--out={tmp_path / out}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert out.split("/")[0] in error and "--out" in error and "missing" not in error, error
+
+
+def test_a_value_out_of_range_is_told_with_its_place(tmp_path, capsys):
+    toml = tmp_path / "run.toml"
+    toml.write_text("[model]\nd_model = 60\nn_heads = 7\n[train]\nseed = 3\nbatch = 0\n")
+    errors = []
+    for more in ([], ["--train.batch=2"], ["--train.batch=2", "--model.d_model=70", "--train.seed=-1"]):
+        assert main(["train", "--dry-run", f"--config={toml}", *more]) == 2
+        errors.append(" ".join(capsys.readouterr().err.split()))
+    assert f"{toml}:6: train.batch=0; expected at least 1" in errors[0]
+    assert f"{toml}:2: model.d_model=60 doesn't divide" in errors[1]
+    assert errors[2].startswith("error: train.seed=-1"), "a flag has no place"
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -218,7 +300,7 @@ def test_a_corrupted_checkpoint(text, tmp_path, capsys):
     assert main(["train", "--resume", "--steps=25", f"--out={out}"]) == 0
 
 
-@pytest.mark.parametrize("kilobytes, message", [(400, "disk is full.* MB are free"), (640, "disk is full")])
+@pytest.mark.parametrize("kilobytes, message", [(400, "disk is full.* MB are free"), (640, "disk of .* is full.* MB are free")])
 def test_a_full_disk(kilobytes, message, text, tmp_path, capsys):
     """The disk fills up with the second checkpoint, or with the curve at the end."""
     disk = tmp_path / "disk"
@@ -232,5 +314,9 @@ def test_a_full_disk(kilobytes, message, text, tmp_path, capsys):
         left = [p.name for p in (disk / "run" / "checkpoints").iterdir()]
         assert left and not any(".tmp" in name for name in left)
         load(latest(disk / "run" / "checkpoints"))
+        run = disk / "run"
+        assert {p.suffix for p in run.iterdir()} <= {"", ".toml", ".json", ".jsonl", ".png", ".svg"}
+        assert all(p.read_bytes().rstrip().endswith(b"</svg>") for p in run.glob("*.svg"))
+        assert all(p.read_bytes().endswith(b"IEND\xaeB`\x82") for p in run.glob("*.png"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,17 @@
+"""What tests of several folders share."""
+
+import pytest
+
+from neuralforge.errors import KernelError
+from neuralforge.kernels import toolchain
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """Each instruction set that code is compiled for; those this CPU lacks are skipped."""
+    monkeypatch.setenv("NEURALFORGE_ISA", request.param)
+    try:
+        toolchain.isa()
+    except KernelError:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
