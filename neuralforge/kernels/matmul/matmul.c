@@ -61,7 +61,9 @@ INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
 #define SERIAL 65536               /* multiplications that one thread does alone */
 
 /* A tile of registers, MR x NR: `to` = `from` + a b over k cells; `from`, which may be null for zeros, and `to` have their
-   rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16. */
+   rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16. Meanwhile the caches fetch, for later: part of the
+   next panel of b, rows of `to`, and as many rows of A, `ahead_down` bytes apart. All of it is spread over the loop: with a
+   dozen lines under way a core waits. */
 #ifdef ROWS
 #define STEP_ROW(at, i, low, high) \
     "vbroadcastss " at "*" PANEL_A "+4*" #i "(%[a]), " EVEN "\n\t" \
@@ -72,7 +74,9 @@ INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
 #define STEP3(i, low, high) STEP_ROW("3", i, low, high)
 #define STEP(at) "vmovups " #at "*" PANEL_B "(%[b]), " B_LOW "\n\tvmovups " #at "*" PANEL_B "+" WIDTH "(%[b]), " B_HIGH "\n\t" ROWS(STEP##at)
 #define CLEAR(i, low, high) ZERO(low) ZERO(high)
-#define FETCH(i, low, high) "prefetcht0 (%[p])\n\tprefetcht0 " PANEL_B "-4(%[p])\n\tadd %[to_down], %[p]\n\t"
+#define FETCH_ROW "prefetcht0 (%[p])\n\tprefetcht0 " PANEL_B "-4(%[p])\n\tadd %[to_down], %[p]\n\t" \
+    "prefetcht1 (%[ahead])\n\tadd %[ahead_down], %[ahead]\n\t"
+#define FETCH_PANEL "prefetcht1 (%[next])\n\tadd $64, %[next]\n\t"
 #define ADD(i, low, high) "vaddps (%[p]), " REG(low) ", " REG(low) "\n\tvaddps " WIDTH "(%[p]), " REG(high) ", " REG(high) "\n\tadd %[from_down], %[p]\n\t"
 #define STORE(i, low, high) "vmovups " REG(low) ", (%[p])\n\tvmovups " REG(high) ", " WIDTH "(%[p])\n\tadd %[to_down], %[p]\n\t"
 #ifdef BFLOAT16
@@ -82,26 +86,28 @@ INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
 #define STORE_NARROW
 #endif
 static void registers(const cell *a, const cell *b, long k, const float *from, long from_down, void *to, long to_down,
-                      long narrow, const cell *next) {
-    long fours = k / 4, rest = k % 4;
+                      long narrow, const cell *next, const char *ahead, long ahead_down) {
+    long fours = k / 4, rest = k % 4, every = fours / MR + 1, wait = 1;
     void *p = to;
     __asm__ volatile(
-        ROWS(CLEAR) ROWS(FETCH)
+        ROWS(CLEAR)
         "test %[fours], %[fours]\n\tjz 2f\n\t"
-        ".p2align 4\n1:\n\tprefetcht1 (%[next])\n\tprefetcht1 64(%[next])\n\tadd $128, %[next]\n\t" STEP(0) STEP(1) STEP(2) STEP(3)
+        ".p2align 4\n1:\n\tdec %[wait]\n\tjnz 8f\n\t" FETCH_ROW "mov %[every], %[wait]\n8:\n\t" FETCH_PANEL
+        STEP(0) STEP(1) STEP(2) STEP(3)
         "add $4*" PANEL_A ", %[a]\n\tadd $4*" PANEL_B ", %[b]\n\tdec %[fours]\n\tjnz 1b\n"
-        "2:\n\ttest %[rest], %[rest]\n\tjz 4f\n"
-        "3:\n\t" STEP(0) "add $" PANEL_A ", %[a]\n\tadd $" PANEL_B ", %[b]\n\tdec %[rest]\n\tjnz 3b\n"
+        "2:\n\tmov %[rest], %[fours]\n\ttest %[fours], %[fours]\n\tjz 4f\n"
+        "3:\n\t" STEP(0) "add $" PANEL_A ", %[a]\n\tadd $" PANEL_B ", %[b]\n\tdec %[fours]\n\tjnz 3b\n"
         "4:\n\tmov %[from], %[p]\n\ttest %[p], %[p]\n\tjz 5f\n\t" ROWS(ADD)
         "5:\n\tmov %[to], %[p]\n\t" STORE_NARROW ROWS(STORE) "7:\n\t"
-        : [a] "+&r"(a), [b] "+&r"(b), [fours] "+&r"(fours), [rest] "+&r"(rest), [p] "+&r"(p), [next] "+&r"(next)
-        : [from] "r"(from), [from_down] "r"(from_down * 4), [to] "r"(to), [to_down] "r"(to_down * (narrow ? 2 : 4)),
-          [narrow] "r"(narrow)
+        : [a] "+&r"(a), [b] "+&r"(b), [fours] "+&r"(fours), [p] "+&r"(p), [next] "+&r"(next), [ahead] "+&r"(ahead),
+          [wait] "+&r"(wait)
+        : [rest] "m"(rest), [every] "m"(every), [ahead_down] "m"(ahead_down), [from] "m"(from), [to] "m"(to),
+          [from_down] "r"(from_down * 4), [to_down] "r"(to_down * (narrow ? 2 : 4)), [narrow] "r"(narrow)
         : "memory", "cc", CLOBBERED);
 }
 #else
 static void registers(const cell *a, const cell *b, long k, const float *from, long from_down, void *to, long to_down,
-                      long narrow, const cell *next) {
+                      long narrow, const cell *next, const char *ahead, long ahead_down) {
     f sum[MR][2] = {};
     for (; k--; a += MR, b += NR) {
         f low = load_f(b), high = load_f(b + L);
@@ -188,16 +194,16 @@ INLINE void pack(const stored *x, long apart, long step, long count, long k, lon
 /* A block of numbers, rows `down` apart; `padded` up to whole tiles of registers. */
 struct block { void *at; long down; int narrow, padded; };
 
-/* Where the next part of A lies, to be fetched to the L2 cache in the meantime: `rows` of `bytes`, `apart` each other. */
-struct ahead { const char *at; long rows, bytes, apart; };
+/* Where the next part of A lies, to be fetched to the L2 cache in the meantime: rows of `bytes`, `apart` each other. */
+struct ahead { const char *at; long bytes, apart; };
 
 /* rows x columns of `to` = `from`, if it isn't null, + a b, which are packed `depth` deep. */
 static void tile(const cell *a, const cell *b, const float *from, long from_down, struct block to, long rows, long columns,
                  long depth, struct ahead next) {
-    long panels = parts(rows, MR), calls = panels * parts(columns, NR), call = 0, fetched = 0;
+    long panels = parts(rows, MR), call = 0, lines = next.bytes ? parts(next.bytes, 64) : 1;
     long size = to.narrow ? sizeof(stored) : sizeof(float);
     for (long j = 0; j < columns; j += NR)
-        for (long i = 0; i < rows; i += MR) {
+        for (long i = 0; i < rows; i += MR, call++) {
             float part[MR * NR];
             long height = least(MR, rows - i), wide = least(NR, columns - j), down = from_down;
             int whole = to.padded || height == MR && wide == NR;
@@ -207,10 +213,9 @@ static void tile(const cell *a, const cell *b, const float *from, long from_down
                 for (long r = 0; r < height; r++) __builtin_memcpy(part + r * NR, begin + r * down, wide * size);
                 begin = part, down = NR;
             }
-            for (long until = next.rows * ++call / calls; fetched < until; fetched++)
-                for (long at = 0; at < next.bytes; at += 64) __builtin_prefetch(next.at + fetched * next.apart + at, 0, 2);
             registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR,
-                      to.narrow, b + (j + NR) * depth + i / MR * NR * depth / panels);
+                      to.narrow, b + (j + NR) * depth + i / MR * NR * depth / panels,
+                      next.at + call / lines * MR * next.apart + call % lines * 64, next.apart);
             if (!whole)
                 for (long r = 0; r < height; r++)
                     __builtin_memcpy(end + r * to.down * size, (char *)part + r * NR * size, wide * size);
@@ -285,8 +290,8 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
                         long then = begin + PAIR * high, row = top;
                         if (block + high >= depth) then = PAIR * k, row = least(rows - 1, rows * ((task + threads) / across) / blocks) * MR;
                         long deeper = least(PAIR * KC, K - then), lower = least(height, M - row);
-                        struct ahead next = {(char *)(a.at + row * a.down + then * a.across), lower, deeper * sizeof(stored), a.down * sizeof(stored)};
-                        if (a.down == 1) next.rows = deeper, next.bytes = lower * sizeof(stored), next.apart = a.across * sizeof(stored);
+                        struct ahead next = {(char *)(a.at + row * a.down + then * a.across), deeper * sizeof(stored), a.down * sizeof(stored)};
+                        if (a.down == 1) next.bytes = lower * sizeof(stored), next.apart = a.across * sizeof(stored);
                         tile(own, shared + block * panels * NR + left * high, more ? sums.at : first ? first + n + left : 0,
                              more ? sums.down : 0, last ? c : sums, height, right - left, high, next);
                     }
