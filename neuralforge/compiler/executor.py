@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,8 +49,7 @@ class Program:
         return self._namespace.pop("program")
 
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
-        # Below autograd: nothing here is recorded by torch, and the dispatcher has less to do. One arena: one caller.
-        with self.arena.lock, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with self.arena.lock, _as_captured():
             if self._run is None:
                 self._bind()
             return self._run(*tensors)
@@ -66,7 +67,7 @@ class Program:
             before = time.perf_counter()
 
         laps = [text for n, line in enumerate(lines) for text in (line, f"    lap({n})")]
-        with self.arena.lock, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with self.arena.lock, _as_captured():
             if self._run is None:
                 self._bind()
             self._namespace["lap"] = lap
@@ -74,6 +75,14 @@ class Program:
             before = time.perf_counter()
             run(*tensors)
         return seconds
+
+
+@contextmanager
+def _as_captured() -> Iterator[None]:
+    """Operators as they stand in the graph: recorded by no torch.autograd, which saves the dispatcher work too, and cast
+    by no autocast, whose casts are in the graph."""
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        yield
 
 
 class _Writer:

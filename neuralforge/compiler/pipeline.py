@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 from ..graph import Graph, verify
 from .batch import batch
 from .fuse import fuse
@@ -53,6 +55,6 @@ def stages(graph: Graph, rewrites: Rewrites | None = None) -> Iterator[tuple[str
     """Each pass's name with the graph after it; the verifier runs in between."""
     rewrites = rewrites or Rewrites()
     for transform in PASSES:
-        with rewrites.noting():
+        with rewrites.noting(), torch._C._DisableAutocast():
             graph = verify(transform(graph))
         yield transform.__name__, graph

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 import neuralforge as nf
 from neuralforge.compiler import products
+from neuralforge.compiler.passes import widen
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture
 from neuralforge.kernels import toolchain
@@ -206,3 +207,24 @@ def test_activations_take_half_the_memory(isa, monkeypatch):
         compiled, _ = nf.jit(nf.value_and_grad(f)).lookup((params, tokens), {})
         peaks.append(compiled.program.plan.peak_bytes - grads)
     assert peaks[1] < (0.65 if toolchain.has_bfloat16() else 0.78) * peaks[0], peaks
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_autocast_around_a_jitted_function(instructions, monkeypatch):
+    """Its casts are captured; what is made of the graph, and run, isn't cast again."""
+    monkeypatch.setattr(widen, "has_bfloat16", lambda: instructions)
+    inner = lambda x, w: (x @ w).float() @ w.float()
+    x, w = torch.randn(9, 5), torch.randn(5, 5)
+
+    def f(x, w):
+        with torch.autocast("cpu", enabled=False):
+            exact = inner(x, w)
+        return exact, (x @ w) * torch.ones(5)
+
+    jitted = nf.jit(f)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            exact, narrow = jitted(x, w)
+            expected = f(x, w)
+        assert exact.dtype == torch.float32 and torch.allclose(exact, expected[0], rtol=1e-5, atol=1e-5)
+        assert narrow.dtype == expected[1].dtype and torch.allclose(narrow, expected[1], rtol=2e-2, atol=2e-2)
