@@ -18,7 +18,7 @@ from .epilogue import join_epilogues
 from .executor import Program
 from .kernels import claim
 from .passes.rewrites import Rewrites
-from .pipeline import optimise
+from .pipeline import optimise, without_autocast
 from .products import choose_products
 from .remat import rematerialise
 
@@ -27,6 +27,7 @@ class Compiled:
     """A captured function with its optimised graph and its program."""
 
     @paused_collector()
+    @without_autocast()
     def __init__(
         self, captured: Captured, donated: list[int], memory_budget: int | None, max_rewrites: int | None = None,
         arena: Arena | None = None,

@@ -162,9 +162,7 @@ class Jit:
                     f"arguments must be passed by position."
                 )
         flags = [n in self.donate for n, arg in enumerate(args) for leaf in tree_flatten(arg)[0] if _is_tensor(leaf)]
-        donated = [i for i, flag in enumerate(flags) if flag]
-        with torch._C._DisableAutocast():  # its casts are captured
-            return Compiled(captured, donated, self.memory_budget, self.max_rewrites, self._arena)
+        return Compiled(captured, [i for i, flag in enumerate(flags) if flag], self.memory_budget, self.max_rewrites, self._arena)
 
 
 def followed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -55,6 +56,13 @@ def stages(graph: Graph, rewrites: Rewrites | None = None) -> Iterator[tuple[str
     """Each pass's name with the graph after it; the verifier runs in between."""
     rewrites = rewrites or Rewrites()
     for transform in PASSES:
-        with rewrites.noting(), torch._C._DisableAutocast():
+        with rewrites.noting(), without_autocast():
             graph = verify(transform(graph))
         yield transform.__name__, graph
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Operators as they stand in a graph: the casts of the autocast around a call are captured already."""
+    with torch._C._DisableAutocast():
+        yield

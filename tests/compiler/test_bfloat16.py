@@ -222,9 +222,9 @@ def test_autocast_around_a_jitted_function(instructions, monkeypatch):
         return exact, (x @ w) * torch.ones(5)
 
     jitted = nf.jit(f)
-    for _ in range(2):
+    for given in (x, x, x.clone().requires_grad_()):  # torch.autograd's follow another way
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            exact, narrow = jitted(x, w)
-            expected = f(x, w)
+            exact, narrow = jitted(given, w)
+            expected = f(given, w)
         assert exact.dtype == torch.float32 and torch.allclose(exact, expected[0], rtol=1e-5, atol=1e-5)
         assert narrow.dtype == expected[1].dtype and torch.allclose(narrow, expected[1], rtol=2e-2, atol=2e-2)
