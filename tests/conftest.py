@@ -1,6 +1,7 @@
 """What tests of several folders share."""
 
 import pytest
+import torch
 
 from neuralforge.errors import KernelError
 from neuralforge.kernels import toolchain
@@ -15,3 +16,11 @@ def isa(request, monkeypatch):
     except KernelError:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
+
+
+@pytest.fixture
+def threads_restored():
+    """What a test sets the number of threads to doesn't outlive it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -47,15 +47,12 @@ def test_a_tensor_changed_in_place_is_seen():
     assert f(x).requires_grad
 
 
+@pytest.mark.usefixtures("threads_restored")
 def test_the_number_of_threads_is_seen():
     f, x = nf.jit(lambda x: x + 1), draw(3)
     f(x)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(before + 1)
-        f(x)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    f(x)
     assert len(f.programs) == 2
 
 

@@ -148,20 +148,17 @@ def test_rows_of_strided_and_broadcast_operands(make, isa):
     assert torch.allclose(nf.jit(f)(a, b, c), f(a, b, c), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("threads_restored")
 def test_sums_do_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
     x, g = torch.randn(1003, 517), torch.randn(1003, 517)
     f = nf.jit(lambda x, g: ((p := x.softmax(-1) * g).sum(0), p.sum(-1), p.sum(), F.layer_norm(x * g, (517,))))
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(f(x, g))
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(f(x, g))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
 def test_an_operand_is_written_over_only_after_its_last_reading():

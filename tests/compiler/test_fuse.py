@@ -116,18 +116,15 @@ def test_integers_and_masks():
         assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("threads_restored")
 def test_sums_do_not_depend_on_the_number_of_threads():
     x = torch.rand(1_000_003)
     f = nf.jit(lambda x: (x * x).sum())
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(f(x))
-        assert found[0] == found[1] == found[2]
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(f(x))
+    assert found[0] == found[1] == found[2]
 
 
 def test_what_is_grouped():

@@ -189,17 +189,14 @@ def test_packed_sequences(lengths, options, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads_restored")
 def test_packed_sequences_with_any_number_of_threads(threads):
     torch.manual_seed(0)
     x = operands(1, 1, 1, 300, 300, 16)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        for lengths in ([300], [100, 200], [10] * 30):
-            options = {"is_causal": True, "q_starts": starts(lengths), "k_starts": starts(lengths)}
-            compare(run(*x, **options), truth(*x, **options))
-    finally:
-        torch.set_num_threads(before)
+    for lengths in ([300], [100, 200], [10] * 30):
+        options = {"is_causal": True, "q_starts": starts(lengths), "k_starts": starts(lengths)}
+        compare(run(*x, **options), truth(*x, **options))
 
 
 def test_derivatives_of_packed_sequences():
@@ -267,19 +264,16 @@ def test_exponential_to_two_ulp():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.usefixtures("threads_restored")
 def test_few_heads_and_many_threads(threads):
     torch.manual_seed(0)
     x = operands(1, 2, 1, 200, 260, 24)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        for options in ({"is_causal": True}, {}, {"is_causal": True, "window": 30}):
-            first = run(*x, **options)
-            compare(first, truth(*x, **options))
-            for a, b in zip(first, run(*x, **options)):
-                assert torch.equal(a, b), "the same bits every time"
-    finally:
-        torch.set_num_threads(before)
+    for options in ({"is_causal": True}, {}, {"is_causal": True, "window": 30}):
+        first = run(*x, **options)
+        compare(first, truth(*x, **options))
+        for a, b in zip(first, run(*x, **options)):
+            assert torch.equal(a, b), "the same bits every time"
 
 
 def test_parts_of_one_projection_in_place():

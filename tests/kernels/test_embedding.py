@@ -55,17 +55,14 @@ def test_empty(N, V, D):
     assert torch.equal(found, torch.zeros(V, D))
 
 
+@pytest.mark.usefixtures("threads_restored")
 def test_the_same_bits_for_any_number_of_threads():
     torch.manual_seed(0)
     g, index = torch.randn(3000, 130), torch.randint(0, 900, (3000,)) ** 2 // 900
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            found.append(embedding_backward(g, index, 900))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        found.append(embedding_backward(g, index, 900))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

@@ -250,6 +250,7 @@ def test_instruction_sets(monkeypatch):
     assert isa() == "portable"
 
 
+@pytest.mark.usefixtures("threads_restored")
 def test_one_pool_of_threads_shared_with_torch():
     library = load(OPENMP, "openmp")
     library.runtime.restype = ctypes.c_void_p
@@ -260,10 +261,6 @@ def test_one_pool_of_threads_shared_with_torch():
         if int(line.split("-")[0], 16) <= library.runtime() < int(line.split("-")[1].split()[0], 16)
     ]  # fmt: skip
     assert Path(home).is_relative_to(Path(torch.__file__).parent)
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert library.threads() == count
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert library.threads() == count

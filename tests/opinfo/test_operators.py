@@ -31,11 +31,8 @@ OPERATORS = {op.formatted_name: op for op in harness.variants()}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
+def one_thread(threads_restored):
     harness.quiet()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", NAMES)
