@@ -7,7 +7,7 @@ from neuralforge.errors import KernelError
 from neuralforge.kernels import toolchain
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request, monkeypatch):
     """Each instruction set that code is compiled for; those this CPU lacks are skipped."""
     monkeypatch.setenv("NEURALFORGE_ISA", request.param)

@@ -18,7 +18,7 @@ CHAINS = 12
 TILES = 4
 """And of AMX's tile products, which take 16 cycles each and 52 to finish; there are no more registers for them."""
 TILE_FLOPS = 2 * 16 * 16 * 32
-WIDTH = {"avx512": 64, "avx2": 32, "portable": 16}
+WIDTH = {"amx": 64, "avx512": 64, "avx2": 32, "portable": 16}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def peak_flops(dtype: str = "float32", threads: int | None = None) -> Peak:
     if dtype not in ("float32", "float64", "bfloat16"):
         raise KernelError(f"peak_flops: dtype {dtype!r}; expected float32, float64 or bfloat16.")
     amx = dtype == "bfloat16" and amx_granted()
-    if dtype == "bfloat16" and not amx and (best_isa() != "avx512" or "avx512_bf16" not in cpu_features()):
+    if dtype == "bfloat16" and not amx and (WIDTH[best_isa()] < 64 or "avx512_bf16" not in cpu_features()):
         raise KernelError("peak_flops: this CPU has no bfloat16 arithmetic; PyTorch emulates it in float32.")
     try:
         library = load(_source(dtype, amx), f"peak-{dtype}", ISA_FLAGS[best_isa()])

@@ -24,7 +24,7 @@ from .toolchain import (
 )
 
 long = ctypes.c_long
-LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+LANES = {"amx": 16, "avx512": 16, "avx2": 8, "portable": 4}
 """Floats in a vector."""
 
 
@@ -35,7 +35,7 @@ def prelude() -> str:
     return "".join(defines) + Path(__file__).with_name("vector.h").read_text()
 
 
-_COMMON = Path(__file__).with_name("kernel.h")
+_COMMON, TRANSPOSE, CELLS, AMX = (Path(__file__).with_name(f"{name}.h") for name in ("kernel", "transpose", "cells", "amx"))
 _ALL: list[Native] = []
 _building: dict[str, threading.Thread] = {}  # by instruction set
 

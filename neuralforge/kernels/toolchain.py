@@ -30,11 +30,8 @@ import torch  # noqa: F401  (loads the OpenMP runtime that our libraries bind to
 
 from ..errors import KernelError, warn
 
-ISA_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "portable": [],
-}  # fmt: skip
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"amx": _AVX512, "avx512": _AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"], "portable": []}
 _NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
 FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
@@ -76,8 +73,10 @@ def cpu_model() -> str:
 
 
 def best_isa() -> str:
-    """The widest instruction set of this CPU that code is generated for: "avx512", "avx2" or "portable"."""
-    return next((name for name, needs in _NEEDS.items() if needs <= cpu_features()), "portable")
+    """The widest instruction set of this CPU that code is generated for: "amx" (AVX-512 and tiles), "avx512", "avx2" or
+    "portable"."""
+    vectors = next((name for name, needs in _NEEDS.items() if needs <= cpu_features()), "portable")
+    return "amx" if vectors == "avx512" and amx_granted() else vectors
 
 
 def isa() -> str:
@@ -96,7 +95,7 @@ def isa() -> str:
 
 def has_bfloat16() -> bool:
     """Has the instruction set to compile for bfloat16 arithmetic?"""
-    return isa() == "avx512" and "avx512_bf16" in cpu_features()
+    return isa() in ("amx", "avx512") and "avx512_bf16" in cpu_features()
 
 
 @cache
@@ -112,7 +111,7 @@ def amx_granted() -> bool:
 
 def has_amx() -> bool:
     """Has the instruction set to compile for AMX, and may this process use it?"""
-    return isa() == "avx512" and amx_granted()
+    return isa() == "amx"
 
 
 def fast_dot() -> bool:

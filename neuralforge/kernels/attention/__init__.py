@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from ...errors import KernelError
-from ..native import Native, long, wide
+from ..native import AMX, CELLS, TRANSPOSE, Native, long, wide
 from ..random import PHILOX
 from .dropout import threshold
 from .reference import reference, reference_backward
 
-_FILE, _TRANSPOSE, _CELLS = (Path(__file__).with_name(name) for name in ("attention.c", "transpose.h", "bfloat16.h"))
+_FILE, _BFLOAT16 = (Path(__file__).with_name(name) for name in ("attention.c", "bfloat16.h"))
 _NATIVE = {
-    torch.float32: Native(_FILE, PHILOX, _TRANSPOSE),
-    torch.bfloat16: Native(_FILE, PHILOX, _TRANSPOSE, _CELLS, defines="#define BFLOAT16\n"),
+    torch.float32: Native(_FILE, PHILOX, TRANSPOSE),
+    torch.bfloat16: Native(_FILE, PHILOX, TRANSPOSE, CELLS, AMX, _BFLOAT16, defines="#define BFLOAT16\n"),
 }
 
 

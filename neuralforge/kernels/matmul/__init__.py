@@ -14,11 +14,15 @@ from pathlib import Path
 import torch
 
 from ...errors import KernelError
-from ..native import Native, long, pointer
-from ..toolchain import fast_dot
+from ..native import AMX, CELLS, TRANSPOSE, Native, long, pointer
+from ..toolchain import fast_dot, has_amx
 
-_FILE = Path(__file__).with_name("matmul.c")
-_NATIVE = {torch.float32: Native(_FILE), torch.bfloat16: Native(_FILE, defines="#define BFLOAT16\n")}
+_FILE, *_HEADERS = (Path(__file__).with_name(name) for name in ("matmul.c", "vectors.h", "tiles.h"))
+_HEADERS = (TRANSPOSE, CELLS, AMX, *_HEADERS)
+_NATIVE = {
+    torch.float32: Native(_FILE, *_HEADERS),
+    torch.bfloat16: Native(_FILE, *_HEADERS, defines="#define BFLOAT16\n"),
+}
 
 
 @torch.library.custom_op("neuralforge::matmul", mutates_args=())
@@ -81,7 +85,7 @@ def check(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Has this machine C code for matrices of `dtype`?"""
-    return (dtype == torch.float32 or dtype == torch.bfloat16 and fast_dot()) and _NATIVE[dtype].available()
+    return (dtype == torch.float32 or dtype == torch.bfloat16 and (fast_dot() or has_amx())) and _NATIVE[dtype].available()
 
 
 def native(*operands: torch.Tensor | None) -> bool:

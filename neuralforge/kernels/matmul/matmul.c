@@ -2,194 +2,13 @@
    https://doi.org/10.1145/2764454). B is packed into panels NR columns wide, by all threads, as much of it as SHARED
    holds; then tiles of C are handed out. A thread packs the rows of A that its tile needs into panels MR high, and
    updates the tile MR x NR numbers at a time, in registers. Packing takes any strides, so that one code serves all
-   transposes. The loop over k is in assembly: compilers spill accumulators to memory.
+   transposes. Sums are in float, and a result in bfloat16 is rounded once.
 
-   What is packed are cells, which one lane of a vector multiplies and adds at once: a float, or two bfloat16 that are
-   neighbours along k, for the dot product of pairs. Sums are in float, and a result in bfloat16 is rounded once. */
+   What registers hold, and how operands are packed for them, is in vectors.h and tiles.h. */
 
-#ifdef BFLOAT16
-typedef struct { stored even, odd; } cell;
-#define PAIR 2
-#define MULTIPLY "vdpbf16ps "
-INLINE cell cell_at(const stored *x, long step, long k) { return (cell){*x, k > 1 ? x[step] : 0}; }
-#else
-typedef stored cell;
-#define PAIR 1
-#define MULTIPLY "vfmadd231ps "
-INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
-#endif
-
-#if defined(__AVX512F__)
-#define MR 14
-#define REG(n) "%%zmm" #n
-#define ROWS(DO) DO(0, 0, 1) DO(1, 2, 3) DO(2, 4, 5) DO(3, 6, 7) DO(4, 8, 9) DO(5, 10, 11) DO(6, 12, 13) \
-    DO(7, 14, 15) DO(8, 16, 17) DO(9, 18, 19) DO(10, 20, 21) DO(11, 22, 23) DO(12, 24, 25) DO(13, 26, 27)
-#define B_LOW "%%zmm28"
-#define B_HIGH "%%zmm29"
-#define EVEN "%%zmm30"
-#define ZERO(n) "vpxord " REG(n) ", " REG(n) ", " REG(n) "\n\t"
-#define WIDTH "64"
-#define PANEL_A "56"
-#define PANEL_B "128"
-#define CLOBBERED "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
-    "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", \
-    "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
-#elif defined(__AVX2__)
-#define MR 6
-#define REG(n) "%%ymm" #n
-#define ROWS(DO) DO(0, 0, 1) DO(1, 2, 3) DO(2, 4, 5) DO(3, 6, 7) DO(4, 8, 9) DO(5, 10, 11)
-#define B_LOW "%%ymm12"
-#define B_HIGH "%%ymm13"
-#define EVEN "%%ymm14"
-#define ZERO(n) "vpxor " REG(n) ", " REG(n) ", " REG(n) "\n\t"
-#define WIDTH "32"
-#define PANEL_A "24"
-#define PANEL_B "64"
-#define CLOBBERED "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
-    "xmm12", "xmm13", "xmm14", "xmm15"
-#else
-#define MR 4
-#endif
-#define NR (2 * L)
-
-#define KC 384                     /* cells along k at once: a panel of B stays in the L1 cache, */
-#define MC (112 / MR * MR)         /* rows of a tile: its part of A in the L2 cache, */
-#define NC 768                     /* and columns. */
-#define SHARED (2 << 20)           /* cells of packed B */
-#define SLICE (KC / 3)             /* of B, packed by one thread at once: so deep */
-#define GROUP (4 * NR)             /* and wide */
+#define SHARED (2 << 20)           /* cells of packed B, */
+#define DEEP 3072                  /* of so much of k, if it can't be of all */
 #define SERIAL 65536               /* multiplications that one thread does alone */
-
-/* A tile of registers, MR x NR: `to` = `from` + a b over k cells; `from`, which may be null for zeros, and `to` have their
-   rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16. Meanwhile the caches fetch, for later: part of the
-   next panel of b, rows of `to`, and as many rows of A, `ahead_down` bytes apart. All of it is spread over the loop: with a
-   dozen lines under way a core waits. */
-#ifdef ROWS
-#define STEP_ROW(at, i, low, high) \
-    "vbroadcastss " at "*" PANEL_A "+4*" #i "(%[a]), " EVEN "\n\t" \
-    MULTIPLY EVEN ", " B_LOW ", " REG(low) "\n\t" MULTIPLY EVEN ", " B_HIGH ", " REG(high) "\n\t"
-#define STEP0(i, low, high) STEP_ROW("0", i, low, high)
-#define STEP1(i, low, high) STEP_ROW("1", i, low, high)
-#define STEP2(i, low, high) STEP_ROW("2", i, low, high)
-#define STEP3(i, low, high) STEP_ROW("3", i, low, high)
-#define STEP(at) "vmovups " #at "*" PANEL_B "(%[b]), " B_LOW "\n\tvmovups " #at "*" PANEL_B "+" WIDTH "(%[b]), " B_HIGH "\n\t" ROWS(STEP##at)
-#define CLEAR(i, low, high) ZERO(low) ZERO(high)
-#define FETCH_ROW "prefetcht0 (%[p])\n\tprefetcht0 " PANEL_B "-4(%[p])\n\tadd %[to_down], %[p]\n\t" \
-    "prefetcht1 (%[ahead])\n\tadd %[ahead_down], %[ahead]\n\t"
-#define FETCH_PANEL "prefetcht1 (%[next])\n\tadd $64, %[next]\n\t"
-#define ADD(i, low, high) "vaddps (%[p]), " REG(low) ", " REG(low) "\n\tvaddps " WIDTH "(%[p]), " REG(high) ", " REG(high) "\n\tadd %[from_down], %[p]\n\t"
-#define STORE(i, low, high) "vmovups " REG(low) ", (%[p])\n\tvmovups " REG(high) ", " WIDTH "(%[p])\n\tadd %[to_down], %[p]\n\t"
-#ifdef BFLOAT16
-#define NARROW(i, low, high) "vcvtne2ps2bf16 " REG(low) ", " REG(high) ", " EVEN "\n\tvmovups " EVEN ", (%[p])\n\tadd %[to_down], %[p]\n\t"
-#define STORE_NARROW "test %[narrow], %[narrow]\n\tjz 6f\n\t" ROWS(NARROW) "jmp 7f\n6:\n\t"
-#else
-#define STORE_NARROW
-#endif
-static void registers(const cell *a, const cell *b, long k, const float *from, long from_down, void *to, long to_down,
-                      long narrow, const cell *next, const char *ahead, long ahead_down) {
-    long fours = k / 4, rest = k % 4, every = fours / MR + 1, wait = 1;
-    void *p = to;
-    __asm__ volatile(
-        ROWS(CLEAR)
-        "test %[fours], %[fours]\n\tjz 2f\n\t"
-        ".p2align 4\n1:\n\tdec %[wait]\n\tjnz 8f\n\t" FETCH_ROW "mov %[every], %[wait]\n8:\n\t" FETCH_PANEL
-        STEP(0) STEP(1) STEP(2) STEP(3)
-        "add $4*" PANEL_A ", %[a]\n\tadd $4*" PANEL_B ", %[b]\n\tdec %[fours]\n\tjnz 1b\n"
-        "2:\n\tmov %[rest], %[fours]\n\ttest %[fours], %[fours]\n\tjz 4f\n"
-        "3:\n\t" STEP(0) "add $" PANEL_A ", %[a]\n\tadd $" PANEL_B ", %[b]\n\tdec %[fours]\n\tjnz 3b\n"
-        "4:\n\tmov %[from], %[p]\n\ttest %[p], %[p]\n\tjz 5f\n\t" ROWS(ADD)
-        "5:\n\tmov %[to], %[p]\n\t" STORE_NARROW ROWS(STORE) "7:\n\t"
-        : [a] "+&r"(a), [b] "+&r"(b), [fours] "+&r"(fours), [p] "+&r"(p), [next] "+&r"(next), [ahead] "+&r"(ahead),
-          [wait] "+&r"(wait)
-        : [rest] "m"(rest), [every] "m"(every), [ahead_down] "m"(ahead_down), [from] "m"(from), [to] "m"(to),
-          [from_down] "r"(from_down * 4), [to_down] "r"(to_down * (narrow ? 2 : 4)), [narrow] "r"(narrow)
-        : "memory", "cc", CLOBBERED);
-}
-#else
-static void registers(const cell *a, const cell *b, long k, const float *from, long from_down, void *to, long to_down,
-                      long narrow, const cell *next, const char *ahead, long ahead_down) {
-    f sum[MR][2] = {};
-    for (; k--; a += MR, b += NR) {
-        f low = load_f(b), high = load_f(b + L);
-        #pragma GCC unroll 4
-        for (int i = 0; i < MR; i++) sum[i][0] += a[i] * low, sum[i][1] += a[i] * high;
-    }
-    float *c = to;
-    #pragma GCC unroll 4
-    for (int i = 0; i < MR; i++, c += to_down, from += from ? from_down : 0) {
-        store_f(c, from ? load_f(from) + sum[i][0] : sum[i][0]);
-        store_f(c + L, from ? load_f(from + L) + sum[i][1] : sum[i][1]);
-    }
-}
-#endif
-
-/* `count` vectors, `apart` each other, their elements `step` apart, into panels of `width`: first the first cells of
-   `width` vectors, then their second, ... up to k numbers. Panels are `depth` cells deep, of which these are a part. The
-   last panel is filled up with zeros, and so is the last cell. */
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_any __attribute__((vector_size(16), aligned(sizeof(stored))));
-typedef int quad_int __attribute__((vector_size(16)));
-#define MIX(x, y, ...) __builtin_shuffle(x, y, (quad_int){__VA_ARGS__})
-
-INLINE void pack_four(const stored *x, long apart, long k, long width, cell *out) {
-    for (; k >= 4 * PAIR; k -= 4 * PAIR, x += 4 * PAIR, out += 4 * width) {
-        __builtin_prefetch(x + (4 + k / (4 * PAIR) % 4) * apart); /* the next four, a line of each in turn */
-        quad r0 = *(quad_any *)x, r1 = *(quad_any *)(x + apart);
-        quad r2 = *(quad_any *)(x + 2 * apart), r3 = *(quad_any *)(x + 3 * apart);
-        quad a = MIX(r0, r1, 0, 4, 1, 5), b = MIX(r0, r1, 2, 6, 3, 7);
-        quad c = MIX(r2, r3, 0, 4, 1, 5), d = MIX(r2, r3, 2, 6, 3, 7);
-        *(quad_any *)out = MIX(a, c, 0, 1, 4, 5);
-        *(quad_any *)(out + width) = MIX(a, c, 2, 3, 6, 7);
-        *(quad_any *)(out + 2 * width) = MIX(b, d, 0, 1, 4, 5);
-        *(quad_any *)(out + 3 * width) = MIX(b, d, 2, 3, 6, 7);
-    }
-    for (; k > 0; k -= PAIR, x += PAIR, out += width)
-        for (int l = 0; l < 4; l++) out[l] = cell_at(x + l * apart, 1, k);
-}
-
-/* Cells that lie along the rows of memory, `width` of them. */
-INLINE void pack_row(const stored *x, long step, long k, long width, cell *out) {
-#ifdef BFLOAT16
-    typedef stored eight __attribute__((vector_size(16)));
-    typedef stored eight_any __attribute__((vector_size(16), aligned(2)));
-    #define ZIP(x, y, i) __builtin_shuffle(x, y, (eight){i, 8 + i, 1 + i, 9 + i, 2 + i, 10 + i, 3 + i, 11 + i})
-    for (long l = 0; l < width; l += 8) {
-        long at = least(l, width - 8); /* the last eight may overlap */
-        eight even = *(eight_any *)(x + at), odd = {};
-        if (k > 1) odd = *(eight_any *)(x + step + at);
-        *(eight_any *)(out + at) = ZIP(even, odd, 0);
-        *(eight_any *)(out + at + 4) = ZIP(even, odd, 4);
-    }
-#else
-    __builtin_memcpy(out, x, width * sizeof *out);
-#endif
-}
-
-INLINE void pack(const stored *x, long apart, long step, long count, long k, long width, long depth, cell *out) {
-    long whole = count / width * width, n = count - whole;
-    if (apart == 1)
-        for (long j = 0; j < k; j += PAIR) {
-            for (long r = 0; r < PAIR; r++)
-                for (long i = 0; i < whole; i += 64 / sizeof *x) __builtin_prefetch(x + (j + r + 8 * PAIR) * step + i);
-            for (long i = 0; i < whole; i += width)
-                pack_row(x + j * step + i, step, k - j, width, out + i * depth + j / PAIR * width);
-        }
-    else
-        for (long i = 0; i < whole; i += width) {
-            const stored *from = x + i * apart;
-            cell *to = out + i * depth;
-            if (step == 1 && width >= 4)
-                for (long l = 0; l < width; l += 4) /* the last four may overlap */
-                    pack_four(from + least(l, width - 4) * apart, apart, k, width, to + least(l, width - 4));
-            else
-                for (long j = 0; j < k; j += PAIR, to += width)
-                    for (long l = 0; l < width; l++) to[l] = cell_at(from + l * apart + j * step, step, k - j);
-        }
-    out += whole * depth;
-    for (long j = 0; n && j < k; j += PAIR, out += width)
-        for (long l = 0; l < width; l++)
-            out[l] = l < n ? cell_at(x + (whole + l) * apart + j * step, step, k - j) : (cell){0};
-}
 
 /* A block of numbers, rows `down` apart; `padded` up to whole tiles of registers. */
 struct block { void *at; long down; int narrow, padded; };
@@ -239,66 +58,82 @@ int omp_get_num_threads(void);
 struct operand { const stored *at; long down, across; };
 struct tiles { stored *c; long ldc, add; epilogue finish; void *context; };
 
+/* Adds to c the products with what pack_a and pack_b left out, numbers that only ordinary arithmetic handles: rows x columns
+   of c, k numbers along the sum. */
+static void add_special(struct operand a, struct operand b, struct block c, long rows, long columns, long k) {
+    for (long p = 0; p < k; p++, a.at += a.across, b.at += b.down)
+        for (long i = 0; i < rows; i++) {
+            stored x = a.at[i * a.down];
+            int all = special(x);
+            for (long j = 0; j < columns; j++) {
+                stored y = b.at[j * b.across];
+                if (all || special(y)) ((float *)c.at)[i * c.down + j] += as_float(x) * as_float(y);
+            }
+        }
+}
+
 static void one(struct operand a, struct operand b, const stored *bias, struct tiles to, long M, long N, long K) {
     if (M == 0 || N == 0) return;
     /* Partial sums are in c, if that is of floats, else in a tile of the thread's own; with an epilogue, the results too. */
-    int direct = !to.finish && PAIR == 1;
-    long cells = parts(K, PAIR), padded = parts(N, NR) * NR;
-    long deep = cells == 0 ? 1 : to.finish || cells < 8 * KC ? cells : 8 * KC, most = SHARED / deep;
-    long wide = least(padded, parts(most < NC ? NC : most, NR) * NR);
-    int several = deep < cells && !direct; /* shares of k: sums of all tiles have to be kept */
+    int narrow = sizeof(stored) < sizeof(float), direct = !to.finish && !narrow, special_b = 0;
+    long padded = up(N, NR), deep = K == 0 ? 1 : to.finish || K < DEEP ? K : DEEP, most = SHARED / cells_of(deep);
+    long wide = least(padded, up(most < NC ? NC : most, NR));
+    int several = deep < K && !direct; /* shares of k: sums of all tiles have to be kept */
     void *shared_memory, *sums_memory = 0;
-    cell *shared = aligned(&shared_memory, (deep * wide + (bias ? padded : 0)) * sizeof(cell));
-    float *first = bias ? (float *)(shared + deep * wide) : 0;
-    float *all = several ? aligned(&sums_memory, parts(M, MR) * MR * padded * sizeof(float)) : 0;
+    cell *shared = aligned(&shared_memory, cells_of(deep) * wide * sizeof(cell) + (bias ? padded * sizeof(float) : 0));
+    float *first = bias ? (float *)(shared + cells_of(deep) * wide) : 0;
+    float *all = several ? aligned(&sums_memory, up(M, MR) * padded * sizeof(float)) : 0;
     for (long j = 0; first && j < padded; j++) first[j] = j < N ? as_float(bias[j]) : 0;
     #pragma omp parallel if ((double)M * N * K > SERIAL)
     {
+        Tiles before = begin_products();
         int threads = omp_get_num_threads();
         void *own_memory;
-        cell *own = aligned(&own_memory, MC * KC * sizeof(cell) + (direct || several ? 0 : MC * NC * sizeof(float)));
+        cell *own = aligned(&own_memory, MC * cells_of(KC) * sizeof(cell) + (direct || several ? 0 : MC * NC * sizeof(float)));
         for (long n = 0; n < N; n += wide)
-            for (long k = 0; k == 0 || k < cells; k += deep) {
-                long depth = least(deep, cells - k), width = least(wide, N - n), panels = parts(width, NR);
+            for (long k = 0; k == 0 || k < K; k += deep) {
+                long depth = least(deep, K - k), width = least(wide, N - n), panels = parts(width, NR);
                 /* packed: blocks of KC deep one after the other, panels within them */
                 long slices = parts(depth, SLICE), groups = parts(width, GROUP);
-                #pragma omp for schedule(dynamic, 1)
+                #pragma omp for schedule(dynamic, 1) reduction(|:special_b)
                 for (long task = 0; task < slices * groups; task++) {
                     long from = task / groups * SLICE, j = task % groups * GROUP, block = from / KC * KC;
-                    long high = least(KC, depth - block), begin = PAIR * (k + from);
-                    pack(b.at + begin * b.down + (n + j) * b.across, b.across, b.down, least(GROUP, width - j),
-                         least(PAIR * SLICE, K - begin), NR, high, shared + block * panels * NR + j * high + (from - block) * NR);
+                    long high = cells_of(least(KC, depth - block)), begin = k + from;
+                    special_b |= pack_b(b.at + begin * b.down + (n + j) * b.across, b.across, b.down, least(GROUP, width - j),
+                        least(SLICE, depth - from), high, shared + cells_of(block) * panels * NR + j * high + cells_of(from - block) * NR);
                 }
                 long blocks = matmul_blocks(M), across = parts(width, NC), rows = parts(M, MR);
                 #pragma omp for schedule(dynamic, 1)
                 for (long task = 0; task < blocks * across; task++) {
-                    long i = task / across, j = task % across;
+                    long i = task % blocks, j = task / blocks;
                     long top = rows * i / blocks * MR, bottom = least(M, rows * (i + 1) / blocks * MR);
                     long left = panels * j / across * NR, right = least(width, panels * (j + 1) / across * NR);
-                    long height = bottom - top, down = parts(right - left, NR) * NR;
-                    struct block c = {to.c + top * to.ldc + n + left, to.ldc, PAIR == 2}, sums = {own + MC * KC, down, 0, 1};
+                    long height = bottom - top, down = up(right - left, NR);
+                    struct block c = {to.c + top * to.ldc + n + left, to.ldc, narrow}, sums = {own + MC * cells_of(KC), down, 0, 1};
                     if (several) sums = (struct block){all + top * padded + n + left, padded, 0, 1};
                     /* the narrow results of a tile are written over sums already read */
-                    if (to.finish) c = (struct block){sums.at, PAIR * down, PAIR == 2, 1};
+                    if (to.finish) c = (struct block){sums.at, narrow ? 2 * down : down, narrow, 1};
                     if (direct) sums = c;
                     for (long block = 0; block == 0 || block < depth; block += KC) {
-                        long high = least(KC, depth - block);
-                        long begin = PAIR * (k + block), more = begin > 0 || to.add, last = begin + PAIR * high >= K;
-                        pack(a.at + top * a.down + begin * a.across, a.down, a.across, height, least(PAIR * high, K - begin), MR,
-                             high, own);
+                        long deeper = least(KC, depth - block), high = cells_of(deeper), begin = k + block;
+                        int more = begin > 0 || to.add, last = begin + deeper >= K;
+                        struct operand a_here = {a.at + top * a.down + begin * a.across, a.down, a.across};
+                        struct operand b_here = {b.at + begin * b.down + (n + left) * b.across, b.down, b.across};
+                        int special_a = pack_a(a_here.at, a.down, a.across, height, deeper, high, own);
                         /* of this task, or of one that this thread may get next */
-                        long then = begin + PAIR * high, row = top;
-                        if (block + high >= depth) then = PAIR * k, row = least(rows - 1, rows * ((task + threads) / across) / blocks) * MR;
-                        long deeper = least(PAIR * KC, K - then), lower = least(height, M - row);
-                        struct ahead next = {(char *)(a.at + row * a.down + then * a.across), deeper * sizeof(stored), a.down * sizeof(stored)};
-                        if (a.down == 1) next.bytes = lower * sizeof(stored), next.apart = a.across * sizeof(stored);
-                        tile(own, shared + block * panels * NR + left * high, more ? sums.at : first ? first + n + left : 0,
+                        long then = begin + deeper, row = top;
+                        if (block + deeper >= depth) then = k, row = least(rows - 1, rows * ((task + threads) % blocks) / blocks) * MR;
+                        struct ahead next = {(char *)(a.at + row * a.down + then * a.across), least(KC, K - then) * sizeof(stored), a.down * sizeof(stored)};
+                        if (a.down == 1) next.bytes = least(height, M - row) * sizeof(stored), next.apart = a.across * sizeof(stored);
+                        tile(own, shared + cells_of(block) * panels * NR + left * high, more ? sums.at : first ? first + n + left : 0,
                              more ? sums.down : 0, last ? c : sums, height, right - left, high, next);
+                        if (special_a || special_b) add_special(a_here, b_here, last ? c : sums, height, right - left, deeper);
                     }
                     if (to.finish) to.finish(to.context, c.at, c.down, i, top, height, n + left, right - left);
                 }
             }
         __builtin_free(own_memory);
+        end_products(before);
     }
     __builtin_free(shared_memory);
     __builtin_free(sums_memory);
