@@ -138,10 +138,7 @@ INLINE int pack_tile(const int by_k, const stored *x, long apart, long step, lon
             even[i] = either(low, high, 0), odd[i] = either(low, high, 1);
         }
     } else
-        for (int i = 0; i < 16; i++) {
-            __builtin_prefetch(x + (2 * i + UNIT) * step), __builtin_prefetch(x + (2 * i + 1 + UNIT) * step);
-            even[i] = load_f(x + 2 * i * step), odd[i] = load_f(x + (2 * i + 1) * step);
-        }
+        for (int i = 0; i < 16; i++) even[i] = load_f(x + 2 * i * step), odd[i] = load_f(x + (2 * i + 1) * step);
     words large = {}; /* the highest bit tells */
     for (int i = 0; i < 16; i++) large |= (bits_of(even[i]) + (0x80000000u - FINITE)) | (bits_of(odd[i]) + (0x80000000u - FINITE));
     int found = 0;
