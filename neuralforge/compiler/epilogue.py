@@ -87,7 +87,8 @@ class Product:
             find = lambda places: [None if i is None else where[i] for i in places]
             function(pointers(*find(read)), sizes, core, operands(*find(own)), numbers, blocks)
 
-        return Kernel(run, self.may_overwrite)
+        scratch = matmul.scratch_bytes(tuple(self.product.outputs.shape), a.shape[1], a.dtype, epilogue=True)
+        return Kernel(run, self.may_overwrite, scratch=lambda eq: scratch)
 
 
 def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:

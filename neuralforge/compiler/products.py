@@ -74,10 +74,15 @@ def own(eq: Equation) -> Kernel | None:
     if not matmul.available(eq.outputs.dtype):
         return None
     if eq.op in (aten.mm.default, aten.bmm.default):
-        return Kernel(matmul.forward)
+        return Kernel(matmul.forward, scratch=_packed)
     if eq.op is aten.addmm.default and eq.args[0].shape == eq.outputs.shape[1:]:
-        return Kernel(lambda outputs, args, kwargs: matmul.forward(outputs, (args[1], args[2], args[0]), kwargs))
+        return Kernel(lambda outputs, args, kwargs: matmul.forward(outputs, (args[1], args[2], args[0]), kwargs), scratch=_packed)
     return None
+
+
+def _packed(eq: Equation) -> int:
+    a, _, _ = product_operands(eq)
+    return matmul.scratch_bytes(tuple(eq.outputs.shape), a.shape[-1], eq.outputs.dtype)
 
 
 def _plain(args: tuple, *dtypes: torch.dtype) -> bool:

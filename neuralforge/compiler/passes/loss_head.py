@@ -65,7 +65,7 @@ def _find(program: Program, loss: Equation) -> _Head | None:
     x, wt = product.args[-2:]
     bias = product.args[0] if product.op is aten.addmm.default else None
     rows, classes = logits.shape
-    at_once = kernel.rows_at_once(rows, logits.dtype)
+    at_once = kernel.rows_at_once(rows, logits.shape[-1], logits.dtype)
     if logits.nbytes < SMALL.get(logits.dtype, math.inf) or at_once == rows or logits in program.results:
         return None
     if loss.op is TOGETHER and loss.args[3] is not None or bias is not None and tuple(bias.shape) != (logits.shape[1],):
@@ -85,7 +85,7 @@ def _find(program: Program, loss: Equation) -> _Head | None:
         head.wide = readers
     # Gradients of weights in bfloat16 are summed up in float32.
     with x.fake.fake_mode:
-        needed = kernel.scratch_bytes(x.fake, wt.fake.t(), gradient is None or bool(head.wide))
+        needed = kernel.in_place_of_logits(x.fake, wt.fake.t(), gradient is None or bool(head.wide))
     if needed > 0.75 * logits.nbytes:
         refuse("chunk_loss_heads", loss.source, f"it would need {needed} bytes in place of the logits' {logits.nbytes}")
         return None

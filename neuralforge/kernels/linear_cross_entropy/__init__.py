@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer's outputs without all the logits in memory: at most `ROWS` rows of them at a time, made,
+"""Cross entropy of a linear layer's outputs without all the logits in memory: some rows of them at a time are made,
 used and overwritten (as in Liger Kernel, https://arxiv.org/abs/2410.10989).
 
 The loss is linear in the cotangents of its rows, so where these are known beforehand, as those of a mean are, the
@@ -16,8 +16,10 @@ from .. import cross_entropy, matmul
 from ..native import wide as wide_dtype
 
 ROWS = 512
-"""Rows of float32 logits in memory at most, and twice as many of bfloat16: the fewer, the more often the weight is packed and its gradient gone through. With 2048 x
-384 x 8192 a quarter of the rows at once takes 8 % longer than all, an eighth 17 %."""
+"""Rows of logits in memory at once, if there are so many; and more, while they are no more than `LOGITS` numbers."""
+LOGITS = 2**23
+"""Of float32, and twice as many of bfloat16. The fewer rows, the more often the weight is packed and its gradient gone
+through: of 2048 x 384 x 8192, half the rows at once take as long as all, a quarter 8 % longer, an eighth 17 %."""
 PART = 8192
 """Rows of a product in bfloat16 at once that is added to sums in float32."""
 Tensor = torch.Tensor
@@ -139,9 +141,10 @@ def with_gradients(outputs: tuple, args: tuple, kwargs: dict) -> None:
     _run(x, weight, target, bias, ignore_index, *outputs[:2], grad, None, outputs[2:])
 
 
-def rows_at_once(N: int, dtype: torch.dtype) -> int:
-    """Of N rows of logits in equal parts."""
-    parts = max(1, math.ceil(N * dtype.itemsize / (4 * ROWS)))
+def rows_at_once(N: int, V: int, dtype: torch.dtype) -> int:
+    """Of N rows of V logits in equal parts."""
+    most = max(ROWS, LOGITS // max(V, 1)) * 4 // dtype.itemsize
+    parts = max(1, math.ceil(N / most))
     return max(1, math.ceil(N / parts))
 
 
@@ -153,7 +156,7 @@ def _run(x, weight, target, bias, ignore_index, losses, lse, grad, grad_lse, gra
         dx, dw, db = gradients
         total = torch.zeros_like(dw, dtype=lse.dtype) if N == 0 or dw.dtype != lse.dtype else dw
         bias_total = torch.zeros(0 if bias is None else V, dtype=lse.dtype)
-    size = rows_at_once(N, x.dtype)
+    size = rows_at_once(N, V, x.dtype)
     memory = x.new_empty(size, V)
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
@@ -210,8 +213,17 @@ def _product(out: Tensor, a: Tensor, b: Tensor, more: bool = False) -> None:
             to.add_(rounded) if more else to.copy_(rounded)
 
 
-def scratch_bytes(x: Tensor, weight: Tensor, wide: bool = False) -> int:
-    """Of what is allocated for a while beside the results; `wide`: sums of the weight's gradient are in the result."""
-    V, D = weight.shape
-    narrow, numbers = x.dtype != (sums := wide_dtype(x.dtype)), rows_at_once(x.shape[0], x.dtype) * V
+def in_place_of_logits(x: Tensor, weight: Tensor, wide: bool = False) -> int:
+    """Bytes of what is in memory instead of all the logits; `wide`: sums of the weight's gradient are in the result."""
+    (V, D), sums = weight.shape, wide_dtype(x.dtype)
+    narrow, numbers = x.dtype != sums, rows_at_once(x.shape[0], V, x.dtype) * V
     return (numbers + narrow * min(PART, V) * D) * x.element_size() + narrow * (not wide) * V * D * sums.itemsize
+
+
+def scratch_bytes(x: Tensor, weight: Tensor, wide: bool = False) -> int:
+    """Of all that is allocated for a while beside the results, products' packed operands included."""
+    (V, D), rows, packed = weight.shape, rows_at_once(x.shape[0], weight.shape[0], x.dtype), 0
+    if matmul.native(x, weight):
+        products = ((rows, V), D), ((rows, D), V), ((V, D), rows)
+        packed = max(matmul.scratch_bytes(shape, K, x.dtype) for shape, K in products)
+    return in_place_of_logits(x, weight, wide) + packed

@@ -126,12 +126,19 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.matmul.argtypes, library.matmul.restype = [ctypes.c_void_p] * 7, None
     library.matmul_blocks.argtypes, library.matmul_blocks.restype = [long], long
     library.matmul_columns.restype = long
+    library.matmul_scratch.argtypes, library.matmul_scratch.restype = [long] * 5, long
     return library
 
 
 def blocks(rows: int, dtype: torch.dtype) -> int:
     """In how many blocks of rows tiles come."""
     return _declared(_NATIVE[dtype].library).matmul_blocks(rows)
+
+
+def scratch_bytes(shape: tuple[int, ...], K: int, dtype: torch.dtype, epilogue: bool = False) -> int:
+    """What a product of that `shape`, sums of K numbers, allocates for a while."""
+    batch = shape[0] if len(shape) == 3 else 1
+    return _declared(_NATIVE[dtype].library).matmul_scratch(batch, *shape[-2:], K, epilogue)
 
 
 def most_columns(dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@
 
 #define SHARED (2 << 20)           /* cells of packed B, */
 #define DEEP 3072                  /* of so much of k, if it can't be of all */
+#define MOST ((MC + NR - 1) / NR * NR) /* rows or columns that a thread packs for itself */
 #define SERIAL 65536               /* multiplications that one thread does alone */
 
 /* A block of numbers, rows `down` apart; `padded` up to whole tiles of registers. */
@@ -16,29 +17,30 @@ struct block { void *at; long down; int narrow, padded; };
 /* Where the next part of A lies, to be fetched to the L2 cache in the meantime: rows of `bytes`, `apart` each other. */
 struct ahead { const char *at; long bytes, apart; };
 
-/* rows x columns of `to` = `from`, if it isn't null, + a b, which are packed `depth` deep. */
-static void tile(const cell *a, const cell *b, const float *from, long from_down, struct block to, long rows, long columns,
-                 long depth, struct ahead next) {
-    long panels = parts(rows, MR), call = 0, lines = next.bytes ? parts(next.bytes, 64) : 1;
-    long size = to.narrow ? sizeof(stored) : sizeof(float);
-    for (long j = 0; j < columns; j += NR)
-        for (long i = 0; i < rows; i += MR, call++) {
-            float part[MR * NR];
-            long height = least(MR, rows - i), wide = least(NR, columns - j), down = from_down;
-            int whole = to.padded || height == MR && wide == NR;
-            const float *begin = from ? from + i * down + j : 0;
-            char *end = (char *)to.at + (i * to.down + j) * size;
-            if (!whole && begin == (float *)end) {
-                for (long r = 0; r < height; r++) __builtin_memcpy(part + r * NR, begin + r * down, wide * size);
-                begin = part, down = NR;
-            }
-            registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR,
-                      to.narrow, b + (j + NR) * depth + i / MR * NR * depth / panels,
-                      next.at + call / lines * MR * next.apart + call % lines * 64, next.apart);
-            if (!whole)
-                for (long r = 0; r < height; r++)
-                    __builtin_memcpy(end + r * to.down * size, (char *)part + r * NR * size, wide * size);
+/* rows x columns of `to` = `from`, if it isn't null, + a b, which are packed `depth` deep. Of one of them, b if `across`,
+   this is one panel after the other, each of which meets all of the other's. */
+static void tile(const cell *a, const cell *b, int across, const float *from, long from_down, struct block to, long rows,
+                 long columns, long depth, struct ahead next) {
+    long high = parts(rows, MR), inner = across ? high : parts(columns, NR), lines = next.bytes ? parts(next.bytes, 64) : 1;
+    long size = to.narrow ? sizeof(stored) : sizeof(float), width = (across ? NR : MR) * depth;
+    for (long call = 0; call < high * parts(columns, NR); call++) {
+        float part[MR * NR] __attribute__((aligned(64)));
+        long outer = call / inner, turn = call % inner, i = MR * (across ? turn : outer), j = NR * (across ? outer : turn);
+        long height = least(MR, rows - i), wide = least(NR, columns - j), down = from_down;
+        int whole = to.padded || height == MR && wide == NR;
+        const float *begin = from ? from + i * down + j : 0;
+        char *end = (char *)to.at + (i * to.down + j) * size;
+        if (!whole && begin == (float *)end) {
+            for (long r = 0; r < height; r++) __builtin_memcpy(part + r * NR, begin + r * down, wide * size);
+            begin = part, down = NR;
         }
+        registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR, to.narrow,
+                  (across ? b : a) + (outer + 1) * width + turn * width / inner,
+                  next.at + call / lines * MR * next.apart + call % lines * 64, next.apart);
+        if (!whole)
+            for (long r = 0; r < height; r++)
+                __builtin_memcpy(end + r * to.down * size, (char *)part + r * NR * size, wide * size);
+    }
 }
 
 static void *aligned(void **memory, long bytes) {
@@ -49,87 +51,122 @@ static void *aligned(void **memory, long bytes) {
 /* What is done with a finished tile, rows x columns with rows `stride` apart, before it leaves the cache. `block` numbers
    the rows' blocks, of which there are matmul_blocks(M). */
 typedef void (*epilogue)(void *context, stored *tile, long stride, long block, long row, long rows, long column, long columns);
+/* Rows of a, or columns of b, `apart` each other, their numbers along k `step` apart; there are `count`, and pack_* takes them
+   `width` at a time. */
+struct operand { const stored *at; long apart, step, count, width; };
+
+/* `x`, k along the sum, packed as a, or as b, into panels `depth` cells deep, of which this is a part. Are there special
+   numbers in it? */
+static int pack(int as_a, struct operand x, long k, long depth, cell *out) {
+    return as_a ? pack_a(x.at, x.apart, x.step, x.count, k, depth, out) : pack_b(x.at, x.apart, x.step, x.count, k, depth, out);
+}
+
 /* A multiple of 4 where there are many, for threads to have equal shares. */
 long matmul_blocks(long M) { long n = parts(M, MC); return n < 3 ? n : parts(n, 4) * 4; }
 /* The most columns of a tile: an epilogue on no more gets whole rows. */
 long matmul_columns(void) { return NC; }
 
-int omp_get_num_threads(void);
-struct operand { const stored *at; long down, across; };
+int omp_get_num_threads(void), omp_get_max_threads(void);
 struct tiles { stored *c; long ldc, add; epilogue finish; void *context; };
 
-/* Adds to c the products with what pack_a and pack_b left out, numbers that only ordinary arithmetic handles: rows x columns
-   of c, k numbers along the sum. */
-static void add_special(struct operand a, struct operand b, struct block c, long rows, long columns, long k) {
-    for (long p = 0; p < k; p++, a.at += a.across, b.at += b.down)
-        for (long i = 0; i < rows; i++) {
-            stored x = a.at[i * a.down];
+INLINE struct operand part_of(struct operand x, long from, long to, long k) {
+    x.at += from * x.apart + k * x.step, x.count = to - from;
+    return x;
+}
+
+/* Adds to c the products with what pack_a and pack_b left out, numbers that only ordinary arithmetic handles; k along the sum. */
+static void add_special(struct operand a, struct operand b, struct block c, long k) {
+    for (long p = 0; p < k; p++, a.at += a.step, b.at += b.step)
+        for (long i = 0; i < a.count; i++) {
+            stored x = a.at[i * a.apart];
             int all = special(x);
-            for (long j = 0; j < columns; j++) {
-                stored y = b.at[j * b.across];
+            for (long j = 0; j < b.count; j++) {
+                stored y = b.at[j * b.apart];
                 if (all || special(y)) ((float *)c.at)[i * c.down + j] += as_float(x) * as_float(y);
             }
         }
 }
 
-static void one(struct operand a, struct operand b, const stored *bias, struct tiles to, long M, long N, long K) {
+/* What a product needs. One operand is packed by all threads, as much of it as SHARED holds. That is b, but for a flat
+   product: the fewer vectors it has, the oftener each is used while it is in a cache. Epilogues get rows as long as can be.
+   Partial sums are in c, if that is of floats, else in a tile of the thread's own; with an epilogue, the results too.
+   Bytes: `shared` and `sums` once, `own` for each thread, the first of them `packed`. */
+struct needs { int flat, direct, several, threads; long deep, wide, shared, sums, packed, own; };
+
+static struct needs needs_of(long M, long N, long K, int finish) {
+    struct needs x = {.flat = !finish && 2 * M <= N, .direct = !finish && sizeof(stored) == sizeof(float)};
+    x.deep = K == 0 ? 1 : finish || K < DEEP ? K : DEEP;
+    x.several = x.deep < K && !x.direct; /* shares of k: sums of all tiles have to be kept */
+    long width = x.flat ? MR : NR, fit = SHARED / cells_of(x.deep);
+    x.wide = least(up(x.flat ? M : N, width), up(most(fit, NC), width));
+    x.shared = cells_of(x.deep) * x.wide * sizeof(cell) + up(N, NR) * sizeof(float);
+    x.sums = x.several ? up(M, MR) * up(N, NR) * sizeof(float) : 0;
+    x.threads = (double)M * N * K > SERIAL ? omp_get_max_threads() : 1;
+    long vectors = least(MOST, x.flat ? up(N, NR) : up(M, MR));
+    x.packed = up(vectors * cells_of(least(KC, K)) * sizeof(cell), 64);
+    x.own = x.packed + (x.direct || x.several ? 0 : vectors * (least(NC, x.flat ? M : N) + NR) * sizeof(float));
+    return x;
+}
+
+static void one(struct operand a, struct operand b, const stored *bias, struct tiles to, long K) {
+    long M = a.count, N = b.count, padded = up(N, NR);
     if (M == 0 || N == 0) return;
-    /* Partial sums are in c, if that is of floats, else in a tile of the thread's own; with an epilogue, the results too. */
-    int narrow = sizeof(stored) < sizeof(float), direct = !to.finish && !narrow, special_b = 0;
-    long padded = up(N, NR), deep = K == 0 ? 1 : to.finish || K < DEEP ? K : DEEP, most = SHARED / cells_of(deep);
-    long wide = least(padded, up(most < NC ? NC : most, NR));
-    int several = deep < K && !direct; /* shares of k: sums of all tiles have to be kept */
+    struct needs x = needs_of(M, N, K, to.finish != 0);
+    int flat = x.flat, direct = x.direct, narrow = sizeof(stored) < sizeof(float), special_all = 0;
+    struct operand all = flat ? a : b, each = flat ? b : a;
     void *shared_memory, *sums_memory = 0;
-    cell *shared = aligned(&shared_memory, cells_of(deep) * wide * sizeof(cell) + (bias ? padded * sizeof(float) : 0));
-    float *first = bias ? (float *)(shared + cells_of(deep) * wide) : 0;
-    float *all = several ? aligned(&sums_memory, up(M, MR) * padded * sizeof(float)) : 0;
+    cell *shared = aligned(&shared_memory, x.shared);
+    float *first = bias ? (float *)(shared + cells_of(x.deep) * x.wide) : 0, *whole = x.several ? aligned(&sums_memory, x.sums) : 0;
     for (long j = 0; first && j < padded; j++) first[j] = j < N ? as_float(bias[j]) : 0;
-    #pragma omp parallel if ((double)M * N * K > SERIAL)
+    #pragma omp parallel num_threads(x.threads)
     {
         Tiles before = begin_products();
         int threads = omp_get_num_threads();
         void *own_memory;
-        cell *own = aligned(&own_memory, MC * cells_of(KC) * sizeof(cell) + (direct || several ? 0 : MC * NC * sizeof(float)));
-        for (long n = 0; n < N; n += wide)
-            for (long k = 0; k == 0 || k < K; k += deep) {
-                long depth = least(deep, K - k), width = least(wide, N - n), panels = parts(width, NR);
+        cell *own = aligned(&own_memory, x.own);
+        for (long n = 0; n < all.count; n += x.wide)
+            for (long k = 0; k == 0 || k < K; k += x.deep) {
+                long depth = least(x.deep, K - k), width = least(x.wide, all.count - n), panels = parts(width, all.width);
                 /* packed: blocks of KC deep one after the other, panels within them */
-                long slices = parts(depth, SLICE), groups = parts(width, GROUP);
-                #pragma omp for schedule(dynamic, 1) reduction(|:special_b)
+                long slices = parts(depth, SLICE), groups = parts(width, GROUP * all.width);
+                #pragma omp for schedule(dynamic, 1) reduction(|:special_all)
                 for (long task = 0; task < slices * groups; task++) {
-                    long from = task / groups * SLICE, j = task % groups * GROUP, block = from / KC * KC;
-                    long high = cells_of(least(KC, depth - block)), begin = k + from;
-                    special_b |= pack_b(b.at + begin * b.down + (n + j) * b.across, b.across, b.down, least(GROUP, width - j),
-                        least(SLICE, depth - from), high, shared + cells_of(block) * panels * NR + j * high + cells_of(from - block) * NR);
+                    long from = task / groups * SLICE, j = task % groups * GROUP * all.width, block = from / KC * KC;
+                    long high = cells_of(least(KC, depth - block));
+                    struct operand some = part_of(all, n + j, n + least(width, j + GROUP * all.width), k + from);
+                    special_all |= pack(flat, some, least(SLICE, depth - from), high,
+                        shared + cells_of(block) * panels * all.width + j * high + cells_of(from - block) * all.width);
                 }
-                long blocks = matmul_blocks(M), across = parts(width, NC), rows = parts(M, MR);
+                long blocks = matmul_blocks(each.count), across = parts(width, NC), rows = parts(each.count, each.width);
                 #pragma omp for schedule(dynamic, 1)
                 for (long task = 0; task < blocks * across; task++) {
                     long i = task % blocks, j = task / blocks;
-                    long top = rows * i / blocks * MR, bottom = least(M, rows * (i + 1) / blocks * MR);
-                    long left = panels * j / across * NR, right = least(width, panels * (j + 1) / across * NR);
-                    long height = bottom - top, down = up(right - left, NR);
-                    struct block c = {to.c + top * to.ldc + n + left, to.ldc, narrow}, sums = {own + MC * cells_of(KC), down, 0, 1};
-                    if (several) sums = (struct block){all + top * padded + n + left, padded, 0, 1};
+                    long top = rows * i / blocks * each.width, bottom = least(each.count, rows * (i + 1) / blocks * each.width);
+                    long left = panels * j / across * all.width, right = least(width, panels * (j + 1) / across * all.width);
+                    long row = flat ? n + left : top, column = flat ? top : n + left;
+                    long down = up(flat ? bottom - top : right - left, NR);
+                    struct block c = {to.c + row * to.ldc + column, to.ldc, narrow}, sums = {(char *)own + x.packed, down, 0, 1};
+                    if (x.several) sums = (struct block){whole + row * padded + column, padded, 0, 1};
                     /* the narrow results of a tile are written over sums already read */
                     if (to.finish) c = (struct block){sums.at, narrow ? 2 * down : down, narrow, 1};
                     if (direct) sums = c;
                     for (long block = 0; block == 0 || block < depth; block += KC) {
                         long deeper = least(KC, depth - block), high = cells_of(deeper), begin = k + block;
                         int more = begin > 0 || to.add, last = begin + deeper >= K;
-                        struct operand a_here = {a.at + top * a.down + begin * a.across, a.down, a.across};
-                        struct operand b_here = {b.at + begin * b.down + (n + left) * b.across, b.down, b.across};
-                        int special_a = pack_a(a_here.at, a.down, a.across, height, deeper, high, own);
+                        struct operand mine = part_of(each, top, bottom, begin), theirs = part_of(all, n + left, n + right, begin);
+                        int special_mine = pack(!flat, mine, deeper, high, own);
                         /* of this task, or of one that this thread may get next */
-                        long then = begin + deeper, row = top;
-                        if (block + deeper >= depth) then = k, row = least(rows - 1, rows * ((task + threads) % blocks) / blocks) * MR;
-                        struct ahead next = {(char *)(a.at + row * a.down + then * a.across), least(KC, K - then) * sizeof(stored), a.down * sizeof(stored)};
-                        if (a.down == 1) next.bytes = least(height, M - row) * sizeof(stored), next.apart = a.across * sizeof(stored);
-                        tile(own, shared + cells_of(block) * panels * NR + left * high, more ? sums.at : first ? first + n + left : 0,
-                             more ? sums.down : 0, last ? c : sums, height, right - left, high, next);
-                        if (special_a || special_b) add_special(a_here, b_here, last ? c : sums, height, right - left, deeper);
+                        long then = begin + deeper, at = top;
+                        if (block + deeper >= depth) then = k, at = least(rows - 1, rows * ((task + threads) % blocks) / blocks) * each.width;
+                        struct ahead next = {(char *)(each.at + at * each.apart + then * each.step), least(KC, K - then) * sizeof(stored), each.apart * sizeof(stored)};
+                        if (each.apart == 1) next.bytes = least(mine.count, each.count - at) * sizeof(stored), next.apart = each.step * sizeof(stored);
+                        cell *packed = shared + cells_of(block) * panels * all.width + left * high;
+                        struct operand rows_here = flat ? theirs : mine, columns_here = flat ? mine : theirs;
+                        tile(flat ? packed : own, flat ? own : packed, !flat, more ? sums.at : first ? first + column : 0,
+                             more ? sums.down : 0, last ? c : sums, rows_here.count, columns_here.count, high, next);
+                        if (special_all | special_mine) add_special(rows_here, columns_here, last ? c : sums, deeper);
                     }
-                    if (to.finish) to.finish(to.context, c.at, c.down, i, top, height, n + left, right - left);
+                    if (to.finish) to.finish(to.context, c.at, c.down, i, top, bottom - top, n + left, right - left);
                 }
             }
         __builtin_free(own_memory);
@@ -139,15 +176,22 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
     __builtin_free(sums_memory);
 }
 
+#define ALONE 4 /* products of a batch, or more, are made by one thread each */
+/* Bytes allocated for a while. */
+long matmul_scratch(long batch, long M, long N, long K, int finish) {
+    struct needs x = needs_of(M, N, K, finish);
+    return batch < ALONE ? x.sums + x.shared + x.own * x.threads : (x.sums + x.shared + x.own) * omp_get_max_threads();
+}
+
 /* For each of `batch` products c (M x N, rows ldc apart) = a (M x K) b (K x N) + bias (N, or 0). The numbers are batch, M,
    N, K, and the distances in memory: of a from one to the next, down and across; so of b; of c from one to the next and
    down; and whether to add to what is in c, of floats, without a bias. With an epilogue (batch 1) there is no c. */
 void matmul(const stored *a, const stored *b, const stored *bias, stored *c, const long *numbers, epilogue finish,
             void *context) {
     const long *n = numbers;
-    #define ONE(i) one((struct operand){a + i * n[4], n[5], n[6]}, (struct operand){b + i * n[7], n[8], n[9]}, bias, \
-        (struct tiles){c + i * n[10], n[11], n[12], finish, context}, n[1], n[2], n[3])
-    if (n[0] < 4)
+    #define ONE(i) one((struct operand){a + i * n[4], n[5], n[6], n[1], MR}, (struct operand){b + i * n[7], n[9], n[8], n[2], NR}, \
+        bias, (struct tiles){c + i * n[10], n[11], n[12], finish, context}, n[3])
+    if (n[0] < ALONE)
         for (long i = 0; i < n[0]; i++) ONE(i);
     else {
         #pragma omp parallel for schedule(dynamic, 1)

@@ -20,7 +20,7 @@
 #define MC 256
 #define NC 1536
 #define SLICE KC
-#define GROUP NR
+#define GROUP 1
 
 INLINE long cells_of(long k) { return parts(k, UNIT) * 16 * TERMS; }
 
@@ -153,7 +153,7 @@ INLINE int pack_tile(const int by_k, const stored *x, long apart, long step, lon
 }
 #endif
 
-INLINE int pack(const int by_k, const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
+INLINE int pack_panels(const int by_k, const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
     int found = 0;
     for (long i = 0; i < count; i += 32, out += 32 * depth)
         for (long j = 0; j < k; j += UNIT)
@@ -166,9 +166,9 @@ INLINE int pack(const int by_k, const stored *x, long apart, long step, long cou
 /* `count` vectors, `apart` each other, of k numbers, `step` apart, into panels `depth` cells deep, of which these are a part.
    Are there special numbers among them? */
 static int pack_a(const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
-    return pack(0, x, apart, step, count, k, depth, out);
+    return pack_panels(0, x, apart, step, count, k, depth, out);
 }
 static int pack_b(const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
-    return pack(1, x, apart, step, count, k, depth, out);
+    return pack_panels(1, x, apart, step, count, k, depth, out);
 }
 #endif

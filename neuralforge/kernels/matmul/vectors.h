@@ -52,7 +52,7 @@ INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
 #define MC (112 / MR * MR)         /* rows of a tile: its part of A in the L2 cache, */
 #define NC 768                     /* and columns. */
 #define SLICE (KC / 3)             /* of B, packed by one thread at once: so deep */
-#define GROUP (4 * NR)             /* and wide */
+#define GROUP 4                    /* and so many panels */
 
 /* Cells that hold k numbers of a row or a column. */
 INLINE long cells_of(long k) { return parts(k, UNIT); }
@@ -166,7 +166,7 @@ INLINE void pack_row(const stored *x, long step, long k, long width, cell *out) 
 #endif
 }
 
-INLINE void pack(const stored *x, long apart, long step, long count, long k, long width, long depth, cell *out) {
+INLINE void pack_panels(const stored *x, long apart, long step, long count, long k, long width, long depth, cell *out) {
     long whole = count / width * width, n = count - whole;
     if (apart == 1)
         for (long j = 0; j < k; j += UNIT) {
@@ -195,11 +195,11 @@ INLINE void pack(const stored *x, long apart, long step, long count, long k, lon
 /* The same for a and for b. They leave no numbers out. */
 INLINE int special(stored x) { return 0; }
 INLINE int pack_a(const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
-    pack(x, apart, step, count, k, MR, depth, out);
+    pack_panels(x, apart, step, count, k, MR, depth, out);
     return 0;
 }
 INLINE int pack_b(const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
-    pack(x, apart, step, count, k, NR, depth, out);
+    pack_panels(x, apart, step, count, k, NR, depth, out);
     return 0;
 }
 #endif
