@@ -51,7 +51,7 @@ def test_an_operand_read_through_a_view_is_written_over(told):
 
 
 def test_results_are_counted_from_when_they_are_made():
-    f = lambda x: ((x @ x).cumsum(0), (x @ x.T).cumsum(0))
+    f = lambda x: (x.cumsum(0), x.cumsum(1))
     plan = nf.explain(f, torch.randn(64, 64)).plan
     assert len(plan.fresh) == 2
     assert plan.in_use[-1] >= 2 * 64 * 64 * 4 and plan.in_use[0] < plan.in_use[-1]
