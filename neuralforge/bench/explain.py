@@ -28,6 +28,7 @@ from ..compiler.reductions import role
 from ..errors import KernelError
 from ..graph import Graph, capture
 from ..graph.ir import Equation
+from ..kernels.toolchain import has_amx
 from .peak import bandwidth, peak_flops
 
 
@@ -204,7 +205,7 @@ class Explanation:
 
     def _costliest(self, most: int = 12) -> list[str]:
         expected, seconds = self.seconds
-        told = f"{expected * 1e3:.2f} ms by the roofline of this machine (peak {rates()[0] / 1e9:,.0f} GFLOP/s, {rates()[1] / 1e9:.1f} GB/s)"
+        told = f"{expected * 1e3:.2f} ms by the roofline of this machine (peak of products {product_peak() / 1e9:,.0f} GFLOP/s, {rates()[1] / 1e9:.1f} GB/s)"
         lines = [
             f"one call: {told}" + (f", {seconds * 1e3:.2f} ms measured" if seconds is not None else ""),
             "the costliest equations; FLOP/byte is the arithmetic intensity",
@@ -262,14 +263,22 @@ def rates(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
         return peak_flops().value, bandwidth().value
 
 
+def product_peak(dtype: torch.dtype = torch.float32) -> float:
+    """Operations each second of products in that type. Where tiles multiply float32, each product is six of bfloat16
+    (`kernels/matmul/tiles.h`)."""
+    peak = rates(dtype)[0]
+    return max(peak, rates(torch.bfloat16)[0] / 6) if dtype == torch.float32 and has_amx() else peak
+
+
 def predicted(eq: Equation) -> float:
     """Seconds by the roofline: as long as its arithmetic takes at the measured peak or its memory traffic at the measured
     bandwidth, whichever is longer. Data that a cache holds moves faster than that."""
     c = cost(eq)
-    peak, stream = rates(eq.inputs[0].dtype if eq.inputs else torch.float32)
+    dtype = eq.inputs[0].dtype if eq.inputs else torch.float32
+    peak, stream = rates(dtype)
     if isinstance(eq.op, Fused):  # few of its operations are multiply-adds, and some cost many additions
         work = sum(
             price(e) * max((v.fake.numel() for v in e.results), default=0) for e in eq.op.graph.equations
         )
         return max(work / (peak / 2), c.bytes / stream)
-    return max(c.flops / peak, c.bytes / stream)
+    return max(c.flops / product_peak(dtype), c.bytes / stream)

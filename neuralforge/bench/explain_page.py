@@ -35,16 +35,16 @@ pre { overflow-x: auto; font-size: 12px; border: 1px solid var(--line); padding:
 
 def render(told: Explanation) -> str:
     """The page as text."""
-    from .explain import rates
+    from .explain import product_peak, rates
 
-    (peak, stream), (predicted, measured) = rates(), told.seconds
+    peak, (_, stream), (predicted, measured) = product_peak(), rates(), told.seconds
     c, plan = total(told.graph), told.plan
     facts = [
         f"{len(told.rows)} equations, {c.flops / 1e9:,.2f} GFLOP, {c.bytes / 1e6:,.1f} MB moved",
         f"one call: {predicted * 1e3:,.2f} ms predicted"
         + (f", {measured * 1e3:,.2f} ms measured" if measured else ", not measured"),
         f"predicted peak memory {plan.peak_bytes / 1e6:,.1f} MB, of which an arena of {plan.arena_bytes / 1e6:,.1f} MB",
-        f"{cpu_model() or 'this CPU'}: peak {peak / 1e9:,.0f} GFLOP/s float32, {stream / 1e9:,.1f} GB/s, both measured",
+        f"{cpu_model() or 'this CPU'}: peak of float32 products {peak / 1e9:,.0f} GFLOP/s, {stream / 1e9:,.1f} GB/s, both measured",
     ]
     parts = [
         f"<h1>{escape(told.name)}, explained</h1>",

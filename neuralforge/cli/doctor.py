@@ -59,7 +59,7 @@ def lines(m: Machine) -> Iterator[Line]:
     refused = "amx_bf16" in m.vector_features and not m.amx
     bfloat16 = "avx512_bf16" in m.vector_features or m.amx
     yield (WARN if refused else OK), "bf16", (
-        "in hardware" + (", AMX tiles" if m.amx else "") if bfloat16 else "not in hardware: float32 is faster"
+        "in hardware" + (", AMX tiles, which multiply float32 too" if m.amx else "") if bfloat16 else "not in hardware: float32 is faster"
     ), "the CPU has AMX, and the kernel refuses it: Linux 5.16 or newer, outside a sandbox, grants it" if refused else ""
     yield OK, "caches", ", ".join(f"{k} {v >> 10} KiB" for k, v in m.caches.items()) or "not told", ""
     yield OK, "numa nodes", str(m.numa_nodes), "bind one process a node with numactl" if m.numa_nodes > 1 else ""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.bench.explain import rates
+from neuralforge.bench.explain import product_peak, rates
 from neuralforge.cli import main
 from neuralforge.errors import NeuralForgeError
 
@@ -38,7 +38,8 @@ def test_costs(told):
     product = next(row for row in told.rows if row.name == "aten.mm")
     moved = 4 * (200 * 300 + 300 * 40 + 200 * 40)
     assert (product.flops, product.bytes) == (2 * 200 * 300 * 40, moved)
-    peak, stream = rates()
+    peak, (flops, stream) = product_peak(), rates()
+    assert peak >= flops
     assert product.predicted == max(product.flops / peak, moved / stream)
     assert product.intensity == product.flops / moved and "product" in product.why
     fused = [row for row in told.rows if row.name.startswith("fused")]

@@ -232,11 +232,11 @@ def test_cc_may_hold_options_and_a_blank_one_counts_as_none(monkeypatch):
 def test_instruction_sets(monkeypatch):
     names = list(toolchain.ISA_FLAGS)
     best = names.index(toolchain.best_isa())
-    macros = {"avx512": "__AVX512F__", "avx2": "__AVX2__", "portable": "1"}
+    macros = {"amx": "__AVX512F__", "avx512": "__AVX512F__", "avx2": "__AVX2__", "portable": "1"}
     for name in names[best:]:
         monkeypatch.setenv("NEURALFORGE_ISA", name)
         assert isa() == name
-        others = "\n".join(f"#ifdef {macros[other]}\n#error {other}\n#endif" for other in names[: names.index(name)])
+        others = "\n".join(f"#ifdef {macros[other]}\n#error {other}\n#endif" for other in names[: names.index(name)] if macros[other] != macros[name])
         assert answer(f"#if !{macros[name]}\n#error missing\n#endif\n{others}\n{ANSWER}") == 42
     monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset({"sse2"}))
     for name in names[:-1]:
@@ -244,7 +244,7 @@ def test_instruction_sets(monkeypatch):
         with pytest.raises(KernelError, match=f"NEURALFORGE_ISA={name}: this CPU has portable only"):
             isa()
     monkeypatch.setenv("NEURALFORGE_ISA", "avx1024")
-    with pytest.raises(KernelError, match="expected one of avx512, avx2, portable"):
+    with pytest.raises(KernelError, match="expected one of amx, avx512, avx2, portable"):
         isa()
     monkeypatch.delenv("NEURALFORGE_ISA")
     assert isa() == "portable"
