@@ -94,12 +94,31 @@ def test_nan_and_infinity_stay_in_their_row_and_column(dtype):
         assert torch.equal(torch.isnan(matmul(b.t(), a.t())), torch.isnan(truth.t()))
 
 
+@pytest.mark.parametrize("share", [0.001, 0.05, 1])
+def test_many_numbers_that_are_not_finite(share, dtype):
+    """Wherever they meet, in operands of several blocks; the rest keeps its accuracy."""
+    a, b = random(dtype, (70, 900), (900, 300))
+    for x, value in ((a, float("nan")), (a, float("inf")), (b, -float("inf")), (b, float("nan"))):
+        x[torch.rand(x.shape) < share / 100] = value
+    if share == 1:
+        a[:] = b[:] = float("nan")
+    truth, found = a.double() @ b.double(), matmul(a, b)
+    finite = truth.abs() < torch.finfo(dtype).max
+    assert torch.equal(torch.isnan(found), torch.isnan(truth))
+    largest = a.double().abs() @ b.double().abs()
+    bound = largest * 902 * 2**-24 + truth.abs() * ROUNDING[dtype]
+    assert ((found.double() - truth).abs() <= bound)[finite].all() and not torch.isfinite(found[~finite]).any()
+
+
 def test_results_beyond_the_largest_number_and_below_the_normal_ones(dtype):
     most, least = torch.finfo(dtype).max, torch.finfo(dtype).tiny
     a = torch.tensor([[most, most], [least, 0]], dtype=dtype)
     found = matmul(a, torch.tensor([[1, 0.5, 0], [1, 0, 0]], dtype=dtype))
     assert torch.isinf(found[0, 0]) and found[1, 0] == least and not found[:, 2].any()
     assert 0 <= found[1, 1] <= least / 2
+    a, b = random(dtype, (40, 50), (50, 60))
+    a[3, 7] = a[39, 49] = most
+    check(matmul(a, b * 1e-3), a, b * 1e-3)
 
 
 def test_into_any_destination(dtype):

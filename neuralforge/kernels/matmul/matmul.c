@@ -74,16 +74,25 @@ INLINE struct operand part_of(struct operand x, long from, long to, long k) {
     return x;
 }
 
-/* Adds to c the products with what pack_a and pack_b left out, numbers that only ordinary arithmetic handles; k along the sum. */
-static void add_special(struct operand a, struct operand b, struct block c, long k) {
-    for (long p = 0; p < k; p++, a.at += a.step, b.at += b.step)
-        for (long i = 0; i < a.count; i++) {
-            stored x = a.at[i * a.apart];
-            int all = special(x);
-            for (long j = 0; j < b.count; j++) {
-                stored y = b.at[j * b.apart];
-                if (all || special(y)) ((float *)c.at)[i * c.down + j] += as_float(x) * as_float(y);
-            }
+/* Adds to c the products with what pack_a and pack_b left out, numbers that only ordinary arithmetic handles; k along the sum.
+   After a NaN nothing else matters to its row or column, so that this is quick where nothing but NaN is left. */
+static void add_special(struct operand a, struct operand b, struct block to, long k) {
+    float *c = to.at;
+    #define AT(x, i, p) ((x).at[(i) * (x).apart + (p) * (x).step])
+    for (long i = 0; i < a.count; i++)
+        for (long p = 0; p < k; p++) {
+            stored x = AT(a, i, p);
+            if (!special(x)) continue;
+            for (long j = 0; j < b.count; j++) c[i * to.down + j] += as_float(x) * as_float(AT(b, j, p));
+            if (as_float(x) != as_float(x)) break;
+        }
+    for (long j = 0; j < b.count; j++)
+        for (long p = 0; p < k; p++) {
+            stored y = AT(b, j, p);
+            if (!special(y)) continue;
+            for (long i = 0; i < a.count; i++)
+                if (!special(AT(a, i, p))) c[i * to.down + j] += as_float(AT(a, i, p)) * as_float(y);
+            if (as_float(y) != as_float(y)) break;
         }
 }
 
