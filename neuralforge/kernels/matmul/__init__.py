@@ -1,8 +1,10 @@
 """Matrix product with bias: blocks packed for the caches, sums in registers, threads by tiles.
 
-In float32, and in bfloat16 where vectors multiply it faster: pairs of products, summed in float32, and the result rounded
-once. (What is below the normal numbers counts as zero there.) Operands may have any strides, so that transposes cost
-nothing; `forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as in torch.mm.
+In float32, and in bfloat16 where the CPU multiplies it faster: products summed in float32, and the result rounded once. On Intel's
+tiles (AMX) float32 is made of three terms of bfloat16, no less accurately than by multiply-adds (`tiles.h`); `NEURALFORGE_ISA=avx512`
+keeps to these. (There, and in bfloat16, what is below the normal numbers counts as zero.) Operands may have any strides, so that
+transposes cost nothing; `forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as
+in torch.mm.
 """
 
 from __future__ import annotations
