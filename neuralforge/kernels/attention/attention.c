@@ -6,13 +6,13 @@
    see isn't computed.
 
    Queries, keys, values, outputs and their gradients are float or bfloat16 in memory. In the blocks they are float; where
-   the CPU multiplies bfloat16 (CELLS, see products.h), bfloat16 stays so, and weights and their gradients are rounded to it
-   for the products; floats are split into three terms, if it has tiles. The rest is float.
+   the CPU multiplies bfloat16 (CELLS, see bfloat16.h), they stay so, and weights and their gradients are rounded to it
+   for the products. The rest is float.
 
    Packed sequences lie one after the other in a batch of one, and see only their own.
 
    T queries and S keys of K numbers; H heads of queries, G of keys and values; P: K rounded up to whole vectors; W: that in
-   items, where they are cells of two numbers each, of all terms. */
+   items, of two numbers where they are cells. */
 
 void *aligned_alloc(unsigned long, unsigned long);
 void free(void *);
@@ -35,12 +35,8 @@ typedef cell item; /* of a block's operands */
 enum { NUMBERS = 2, ROWS = 16, COLUMNS = 32 }; /* numbers in an item; rows and columns that products take at a time */
 #else
 typedef float item;
-enum { NUMBERS = 1, ROWS = MR, COLUMNS = L, TERMS = 1 };
+enum { NUMBERS = 1, ROWS = MR, COLUMNS = L };
 #endif
-INLINE long items(long P) { return P / NUMBERS * TERMS; }
-
-/* What calls return beside zero, bits. */
-enum { NO_MEMORY = 1, GREAT = 2 }; /* numbers that can't be split: nothing of the results counts */
 typedef struct { void *at; long b, h, t; } Tensor; /* [batch][head][time][contiguous], strides in elements */
 typedef struct {
     long B, H, G, T, S, K, left, right;
@@ -89,93 +85,30 @@ INLINE f load_part(const stored *p, long n) { return n >= L ? STORED(load)(p) : 
    rows_in        [n][W]     keys and values, for `scores`
    transpose_in   [W][BQ]    queries and gradients, for `scores`
    keys_in        [n][P]     for `to_queries`; of cells [P][BK / 2], pairs of keys
-   queries_in     [n][P]     for `to_keys`; of cells [BQ / 2][P], pairs of queries
+   queries_in     [n][P]     for `to_keys`; of cells [BQ / 2][P], pairs of queries */
 
-   Of several terms, rows_in has a row's one after the other, [n][TERMS][P / 2], and the others a block's. They return whether
-   there are numbers too great to be split. */
-
-#if defined(CELLS) && TERMS == 3
-INLINE f load_row(const float *from, long step, long t, long n, long i, long K) {
-    return t < n ? load_part(from + t * step + i, K - i) : SET_f(0);
-}
-
-static int rows_in(item *to, const float *from, long step, long n, long K, long P) {
-    words large = {};
-    for (long t = 0; t < up(n, ROWS); t++, to += items(P))
-        for (long i = 0; i < P; i += 2 * L) {
-            f low = load_row(from, step, t, n, i, K), high = load_row(from, step, t, n, i + L, K);
-            large |= great(low) | great(high);
-            split(low, high, to + i / 2, P / 2);
-        }
-    return any_great(large);
-}
-static int transpose_in(item *to, const float *from, long step, long n, long K, long P, float factor) {
-    words large = {};
-    for (long t = 0; t < n; t += L)
-        for (long i = 0; i < P; i += 2 * L) {
-            f low[L], high[L];
-            for (long j = 0; j < L; j++) {
-                low[j] = load_row(from, step, t + j, n, i, K) * factor;
-                high[j] = load_row(from, step, t + j, n, i + L, K) * factor;
-                large |= great(low[j]) | great(high[j]);
-            }
-            transpose(low), transpose(high);
-            for (long j = 0; j < L; j++) split(low[j], high[j], to + (i / 2 + j) * BQ + t, P / 2 * BQ);
-        }
-    return any_great(large);
-}
-static int keys_in(item *to, const float *from, long step, long n, long K, long P) {
-    words large = {};
-    for (long block = 0; block < n; block += BK, to += items(P) * BK)
-        for (long t = block; t < block + BK; t += 2 * L)
-            for (long i = 0; i < P; i += L) {
-                f even[L], odd[L];
-                for (long j = 0; j < L; j++) {
-                    even[j] = load_row(from, step, t + 2 * j, n, i, K), odd[j] = load_row(from, step, t + 2 * j + 1, n, i, K);
-                    large |= great(even[j]) | great(odd[j]);
-                }
-                transpose(even), transpose(odd);
-                for (long j = 0; j < L; j++) split(even[j], odd[j], to + (i + j) * (BK / 2) + (t - block) / 2, P * BK / 2);
-            }
-    return any_great(large);
-}
-static int queries_in(item *to, const float *from, long step, long n, long K, long P) {
-    words large = {};
-    for (long t = 0; t < up(n, 2 * L); t += t % L == L - 1 ? L + 1 : 1, to += P)
-        for (long i = 0; i < P; i += L) {
-            f low = load_row(from, step, t, n, i, K), high = load_row(from, step, t + L, n, i, K);
-            large |= great(low) | great(high);
-            split(low, high, to + i, BQ / 2 * P);
-        }
-    return any_great(large);
-}
-#elif defined(CELLS)
-static int rows_in(item *to, const stored *from, long step, long n, long K, long P) {
+#ifdef CELLS
+static void rows_in(item *to, const stored *from, long step, long n, long K, long P) {
     cells_in(to, from, step, n, up(n, ROWS), K, P);
-    return 0;
 }
-static int transpose_in(item *to, const stored *from, long step, long n, long K, long P, float factor) {
+static void transpose_in(item *to, const stored *from, long step, long n, long K, long P, float factor) {
     transpose_cells(to, BQ, from, step, n, K, P); /* the scores are multiplied by the factor */
-    return 0;
 }
-static int keys_in(item *to, const stored *from, long step, long n, long K, long P) {
+static void keys_in(item *to, const stored *from, long step, long n, long K, long P) {
     for (; n > 0; n -= BK, to += P * BK / 2, from += BK * step) transpose_pairs(to, from, step, least(n, BK), BK, K, P);
-    return 0;
 }
-static int queries_in(item *to, const stored *from, long step, long n, long K, long P) {
+static void queries_in(item *to, const stored *from, long step, long n, long K, long P) {
     pairs_in(to, from, step, n, up(n, COLUMNS), K, P);
-    return 0;
 }
 #else
-static int rows_in(float *to, const stored *from, long step, long n, long K, long P) {
+static void rows_in(float *to, const stored *from, long step, long n, long K, long P) {
     for (long t = 0; t < n; t++, to += P, from += step)
         for (long i = 0; i < P; i += L) store_f(to + i, load_part(from + i, K - i));
-    return 0;
 }
 
-static int keys_in(item *to, const stored *from, long step, long n, long K, long P) { return rows_in(to, from, step, n, K, P); }
-static int queries_in(item *to, const stored *from, long step, long n, long K, long P) { return rows_in(to, from, step, n, K, P); }
-static int transpose_in(float *to, const stored *from, long step, long n, long K, long P, float factor) {
+static void keys_in(item *to, const stored *from, long step, long n, long K, long P) { rows_in(to, from, step, n, K, P); }
+static void queries_in(item *to, const stored *from, long step, long n, long K, long P) { rows_in(to, from, step, n, K, P); }
+static void transpose_in(float *to, const stored *from, long step, long n, long K, long P, float factor) {
     for (long t = 0; t < up(n, L); t += L)
         for (long i = 0; i < P; i += L) {
             f x[L];
@@ -185,7 +118,6 @@ static int transpose_in(float *to, const stored *from, long step, long n, long K
             #pragma GCC unroll 16
             for (long j = 0; j < L; j++) store_f(to + (i + j) * BQ + t, x[j]);
         }
-    return 0;
 }
 #endif
 
@@ -280,40 +212,38 @@ static void scores(const Shape *z, Block w, const item *a, long P, const item *b
         long rows = least(COLUMNS, up(w.nk - i, ROWS));
         long from = first_query(z, w, i) / L * L, to = up(last_query(z, w, i, COLUMNS), L);
         if (from >= to) continue;
-        Cells keys = {a + i * items(P), items(P), P / 2}, queries = {b + from, BQ, P / 2 * BQ};
-        cell_product(rows, to - from, P / 2, keys, queries, s + i * BQ + from, BQ, 0);
-        if (TERMS > 1 || factor == 1) continue; /* the terms are those of queries multiplied before */
+        cell_product(rows, to - from, P / 2, a + i * P / 2, P / 2, b + from, BQ, s + i * BQ + from, BQ, 0);
+        if (factor == 1) continue;
         for (long t = i; t < i + rows; t++)
             for (long j = from; j < to; j += L) store_f(s + t * BQ + j, load_f(s + t * BQ + j) * factor);
     }
 }
 
-/* Floats s[key][query] as operands of to_queries, pairs of keys [TERMS][BK / 2][BQ], and of to_keys, pairs of queries
-   [TERMS][BK][BQ / 2]; zeros where nothing is seen, which products of whole tiles read too. */
+/* Floats s[key][query] rounded to operands of to_queries, pairs of keys, and of to_keys, in place; zeros where nothing is
+   seen, which products of whole tiles read too. */
 static const item *paired_keys(const Shape *z, Block w, const float *s, item *pairs) {
     for (long j = 0; j < w.nq; j += L) {
         long from, to;
         seen(z, w, j, &from, &to);
-        for (long i = 0; i < up(w.nk, COLUMNS); i += 2) {
-            f even = SET_f(0), odd = SET_f(0);
-            if (from <= i && i < to) even = load_f(s + i * BQ + j), odd = i + 1 < to ? load_f(s + (i + 1) * BQ + j) : odd;
-            store_rows(even, odd, pairs + i / 2 * BQ + j, BK / 2 * BQ);
-        }
+        for (long i = 0; i < up(w.nk, COLUMNS); i += 2)
+            if (from <= i && i < to) {
+                f next = i + 1 < to ? load_f(s + (i + 1) * BQ + j) : SET_f(0);
+                store_pairs(pairs + i / 2 * BQ + j, load_f(s + i * BQ + j), next);
+            } else {
+                *(cells *)(pairs + i / 2 * BQ + j) = (words){};
+            }
     }
     return pairs;
 }
-static const item *paired_queries(const Shape *z, Block w, const float *s, item *pairs) {
-    for (long j = 0; j < w.nq; j += 2 * L) {
-        long from, to, from2, to2;
-        seen(z, w, j, &from, &to), seen(z, w, j + L, &from2, &to2);
-        if (j + L >= w.nq) to2 = 0;
-        for (long i = 0; i < up(w.nk, ROWS); i++) {
-            f low = from <= i && i < to ? load_f(s + i * BQ + j) : SET_f(0);
-            f high = from2 <= i && i < to2 ? load_f(s + i * BQ + j + L) : SET_f(0);
-            store_row(low, high, pairs + (i * BQ + j) / 2, BK * BQ / 2);
-        }
+static const item *paired_queries(const Shape *z, Block w, float *s) {
+    for (long j = 0; j < up(w.nq, COLUMNS); j += L) {
+        long from, to;
+        seen(z, w, j, &from, &to);
+        if (j >= w.nq) to = 0;
+        for (long i = 0; i < up(w.nk, ROWS); i++)
+            store_row(s + i * BQ, j, from <= i && i < to ? load_f(s + i * BQ + j) : SET_f(0));
     }
-    return pairs;
+    return (const item *)s;
 }
 
 /* c[][query] = beta c[][query] + sum of s[key][query] x[key] */
@@ -327,8 +257,7 @@ static void to_queries(const Shape *z, Block w, const item *s, const item *x, lo
             if (!same) for (long k = 0; k < P; k++) store_f(c + k * BQ + i, load_f(c + k * BQ + i) * y);
         }
         long from = first_key(z, w, j) / 32 * 32, to = up(last_key(z, w, j, COLUMNS), 32);
-        Cells keys = {x + from / 2, BK / 2, P * BK / 2}, weights = {s + from / 2 * BQ + j, BQ, BK / 2 * BQ};
-        if (from < to) cell_product(P, width, (to - from) / 2, keys, weights, c + j, BQ, 1);
+        if (from < to) cell_product(P, width, (to - from) / 2, x + from / 2, BK / 2, s + from / 2 * BQ + j, BQ, c + j, BQ, 1);
     }
 }
 
@@ -337,8 +266,7 @@ static void to_keys(const Shape *z, Block w, const item *s, const item *x, long 
     for (long i = 0; i < w.nk; i += COLUMNS) {
         long from = first_query(z, w, i) / 32 * 32, to = up(last_query(z, w, i, COLUMNS), 32);
         long rows = least(COLUMNS, up(w.nk - i, ROWS));
-        Cells weights = {s + (i * BQ + from) / 2, BQ / 2, BK * BQ / 2}, queries = {x + from / 2 * P, P, BQ / 2 * P};
-        if (from < to) cell_product(rows, P, (to - from) / 2, weights, queries, c + i * P, P, 1);
+        if (from < to) cell_product(rows, P, (to - from) / 2, s + i * BQ + from / 2, BQ, x + from / 2 * P, P, c + i * P, P, 1);
     }
 }
 #else
@@ -354,7 +282,7 @@ static void scores(const Shape *z, Block w, const item *a, long P, const item *b
 }
 
 INLINE const item *paired_keys(const Shape *z, Block w, const float *s, item *pairs) { return s; }
-INLINE const item *paired_queries(const Shape *z, Block w, const float *s, item *pairs) { return s; }
+INLINE const item *paired_queries(const Shape *z, Block w, float *s) { return s; }
 
 /* c[query] = beta c[query] + sum of s[key][query] x[key] */
 static void to_queries(const Shape *z, Block w, const float *s, const float *x, long P, float *c, const float *beta) {
@@ -460,17 +388,17 @@ static void weights(const Shape *z, long head, Block w, float *s, float *top, fl
 INLINE void *take(float **memory, long n) { float *p = *memory; *memory += up(n, 16); return p; }
 
 /* The queries q .. q + nq of a head. Keys and values are copied when first needed, side by side. */
-static long forward_part(const Shape *z, const Arrays *x, long b, long h, long q, long nq, float *memory) {
-    long K = z->K, P = up(K, NUMBERS * L), W = items(P), g = h / (z->H / z->G), head = b * z->H + h;
+static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q, long nq, float *memory) {
+    long K = z->K, P = up(K, NUMBERS * L), W = P / NUMBERS, g = h / (z->H / z->G), head = b * z->H + h;
     long first = most(0, q - z->left), ready = first;
-    int once = nq <= BQ, found = 0; /* once: no copy serves again */
+    int once = nq <= BQ; /* no copy serves again */
     float *s = take(&memory, BK * BQ), *o = take(&memory, BQ * P);
     float *top = take(&memory, BQ), *total = take(&memory, BQ), *decay = take(&memory, BQ), *keep = take(&memory, BK * L);
-    item *qt = take(&memory, W * BQ), *pairs = take(&memory, BK * BQ / 2 * TERMS);
+    item *qt = take(&memory, W * BQ), *pairs = take(&memory, BK * BQ / 2);
     item *keys = take(&memory, up(z->S, BK) * W), *values = take(&memory, up(z->S, BK) * W);
     for (long i = q; i < q + nq; i += BQ) {
         long n = least(BQ, q + nq - i), end = least(z->S, i + n + z->right);
-        found |= transpose_in(qt, row(x->q, b, h, i), x->q.t, n, K, P, z->scale * LOG2E);
+        transpose_in(qt, row(x->q, b, h, i), x->q.t, n, K, P, z->scale * LOG2E);
         for (long t = 0; t < BQ; t++) top[t] = -INF, total[t] = 0;
         __builtin_memset(o, 0, BQ * P * sizeof(float));
         for (long k = first + most(0, i - z->left - first) / BK * BK; k < end; k += BK) {
@@ -478,10 +406,9 @@ static long forward_part(const Shape *z, const Arrays *x, long b, long h, long q
             item *key = keys + (once ? 0 : (k - first) * W), *value = values + (once ? 0 : (k - first) * W);
             if (k >= ready) {
                 ready = least(k + BK, z->S);
-                found |= rows_in(key, row(x->k, b, g, k), x->k.t, ready - k, K, P);
-                found |= keys_in(value, row(x->v, b, g, k), x->v.t, ready - k, K, P);
+                rows_in(key, row(x->k, b, g, k), x->k.t, ready - k, K, P);
+                keys_in(value, row(x->v, b, g, k), x->v.t, ready - k, K, P);
             }
-            if (found) return GREAT;
             scores(z, w, key, P, qt, z->scale * LOG2E, s);
             weights(z, head, w, s, top, total, decay, keep);
             to_queries(z, w, paired_keys(z, w, s, pairs), value, P, o, decay);
@@ -492,27 +419,25 @@ static long forward_part(const Shape *z, const Arrays *x, long b, long h, long q
         }
         queries_out(row(x->out, b, h, i), x->out.t, o, n, K, P, total, 0);
     }
-    return 0;
 }
 
-/* A part for each head; for parts of heads, where those are few for the threads. */
+/* A part for each head; for parts of heads, where those are few for the threads. Returns nonzero without memory. */
 long attention_forward(const Shape *z, const Arrays *x) {
     long P = up(z->K, NUMBERS * L), heads = (z->q_starts ? z->sequences : z->B) * z->H, blocks = up(z->T, BQ) / BQ, failed = 0;
     long run = clamp(blocks * heads / (6 * omp_get_max_threads()), 1, blocks), parts = up(blocks, run) / run;
-    long size = BQ * P + (BQ + 2 * up(z->S, BK)) * items(P) + BK * (BQ + BQ / 2 * TERMS + L) + 3 * BQ + 10 * 16;
+    long size = 2 * BQ * P + 2 * up(z->S, BK) * P / NUMBERS + BK * (BQ + BQ / 2 + L) + 3 * BQ + 10 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));
-        failed |= memory ? 0 : NO_MEMORY;
+        failed |= !memory;
         Tiles before = begin_products();
         #pragma omp for schedule(dynamic)
         for (long n = 0; n < parts * heads; n++) {
             Shape own;
             Arrays own_x;
-            if (failed) continue;
             long b = sequence(z, x, n % heads / z->H, &own, &own_x);
             long q = ((own.T + run * BQ - 1) / (run * BQ) - 1 - n / heads) * run * BQ; /* causal: the longest first */
-            if (q >= 0) failed |= forward_part(&own, &own_x, b, n % z->H, q, least(run * BQ, own.T - q), memory);
+            if (memory && q >= 0) forward_part(&own, &own_x, b, n % z->H, q, least(run * BQ, own.T - q), memory);
         }
         end_products(before);
         free(memory);
@@ -552,25 +477,19 @@ static void row_products(const stored *g, long g_t, const stored *out, long out_
     }
 }
 
-/* Can't what is multiplied with the weights' gradients be split? NaN of a mask comes this way, too. */
-INLINE int unfit(const float *lse, const float *delta, long n) {
-    int found = 0;
-    for (long t = 0; TERMS > 1 && t < n; t++) found |= lse[t] != lse[t] | !(delta[t] < 0x1p32f && delta[t] > -0x1p32f);
-    return found;
-}
-
 /* What the queries q .. q + nq of the heads h .. h + nh and the keys k .. k + nk of their group give each other:
    dq of these queries if `queries`, dk and dv of these keys if `keys`. */
-static long backward_part(const Shape *z, const Arrays *x, long b, long h, long nh, long q, long nq, long k, long nk, int queries,
+static void backward_part(const Shape *z, const Arrays *x, long b, long h, long nh, long q, long nq, long k, long nk, int queries,
                           int keys, float *memory) {
-    long K = z->K, P = up(K, NUMBERS * L), W = items(P), g = h / (z->H / z->G);
+    long K = z->K, P = up(K, NUMBERS * L), W = P / NUMBERS, g = h / (z->H / z->G);
     float *dk = take(&memory, up(nk, ROWS) * P), *dv = take(&memory, up(nk, ROWS) * P), *dq = take(&memory, BQ * P);
     float *s = take(&memory, BK * BQ), *d = take(&memory, BK * BQ), *keep = take(&memory, BK * L);
     float *lse = take(&memory, BQ), *delta = take(&memory, BQ), *one = take(&memory, BQ);
     item *qt = take(&memory, W * BQ), *gt = take(&memory, W * BQ), *qn = take(&memory, BQ * W), *gn = take(&memory, BQ * W);
-    item *key = take(&memory, up(nk, ROWS) * W), *value = take(&memory, up(nk, ROWS) * W), *pairs = take(&memory, BK * BQ / 2 * TERMS);
+    item *key = take(&memory, up(nk, ROWS) * W), *value = take(&memory, up(nk, ROWS) * W), *pairs = take(&memory, BK * BQ / 2);
     item *summed = NUMBERS == 1 ? key : take(&memory, up(nk, BK) * W); /* the keys, for dq */
-    int found = rows_in(key, row(x->k, b, g, k), x->k.t, nk, K, P) | rows_in(value, row(x->v, b, g, k), x->v.t, nk, K, P);
+    rows_in(key, row(x->k, b, g, k), x->k.t, nk, K, P);
+    rows_in(value, row(x->v, b, g, k), x->v.t, nk, K, P);
     if (summed != key && queries) keys_in(summed, row(x->k, b, g, k), x->k.t, nk, K, P);
     if (keys) {
         __builtin_memset(dk, 0, up(nk, ROWS) * P * sizeof(float));
@@ -581,19 +500,17 @@ static long backward_part(const Shape *z, const Arrays *x, long b, long h, long 
         for (long i = q; i < q + nq; i += BQ) {
             long n = least(BQ, q + nq - i), start = most(k, i - z->left), end = k + least(nk, up(most(0, i + n + z->right - k), MR));
             if (start < end) {
-                found |= transpose_in(qt, row(x->q, b, head, i), x->q.t, n, K, P, z->scale * LOG2E);
-                found |= transpose_in(gt, row(x->g, b, head, i), x->g.t, n, K, P, 1);
-                if (keys) found |= queries_in(gn, row(x->g, b, head, i), x->g.t, n, K, P);
-                if (keys) found |= queries_in(qn, row(x->q, b, head, i), x->q.t, n, K, P);
+                transpose_in(qt, row(x->q, b, head, i), x->q.t, n, K, P, z->scale * LOG2E);
+                transpose_in(gt, row(x->g, b, head, i), x->g.t, n, K, P, 1);
+                if (keys) queries_in(gn, row(x->g, b, head, i), x->g.t, n, K, P);
+                if (keys) queries_in(qn, row(x->q, b, head, i), x->q.t, n, K, P);
                 row_products(row(x->g, b, head, i), x->g.t, row(x->out, b, head, i), x->out.t, n, K, delta);
                 for (long t = 0; t < up(n, L); t++) {
                     float y = t < n ? *row_f(x->lse, b, head, i + t) * LOG2E : INF;
                     lse[t] = y == -INF ? INF : y; /* a query that sees nothing: no weights */
                     if (x->g_lse.at && t < n) delta[t] -= *row_f(x->g_lse, b, head, i + t);
                 }
-                found |= unfit(lse, delta, up(n, L));
             }
-            if (found) return GREAT;
             __builtin_memset(dq, 0, BQ * P * sizeof(float));
             start = k + (start - k) / BK * BK;
             for (long j = start; j < end; j += BK) {
@@ -603,8 +520,8 @@ static long backward_part(const Shape *z, const Arrays *x, long b, long h, long 
                 weights_backward(z, b * z->H + head, w, s, d, lse, delta, keep);
                 if (queries) to_queries(z, w, paired_keys(z, w, d, pairs), summed + (j - k) * W, P, dq, one);
                 if (keys) {
-                    to_keys(z, w, paired_queries(z, w, s, pairs), gn, P, dv + (j - k) * P);
-                    to_keys(z, w, paired_queries(z, w, d, pairs), qn, P, dk + (j - k) * P);
+                    to_keys(z, w, paired_queries(z, w, s), gn, P, dv + (j - k) * P);
+                    to_keys(z, w, paired_queries(z, w, d), qn, P, dk + (j - k) * P);
                 }
             }
             if (queries) queries_out(row(x->dq, b, head, i), x->dq.t, dq, n, K, P, 0, z->scale);
@@ -613,7 +530,6 @@ static long backward_part(const Shape *z, const Arrays *x, long b, long h, long 
         copy_out(row(x->dk, b, g, k), x->dk.t, dk, nk, K, P, 0, z->scale);
         copy_out(row(x->dv, b, g, k), x->dv.t, dv, nk, K, P, 0, 1);
     }
-    return 0;
 }
 
 /* Where there are groups enough for the threads, each is one part, five products. Else one part for each block of
@@ -624,28 +540,27 @@ long attention_backward(const Shape *z, const Arrays *x) {
     int whole = groups >= 3 * threads || groups % threads == 0;
     long q_parts = up(z->T, BQ) / BQ, k_parts = up(z->S, BK) / BK;
     long parts = whole ? groups : heads * q_parts + groups * k_parts;
-    long size = up(z->S, BK) * (2 * P + (NUMBERS == 1 ? 2 : 3) * items(P)) + BQ * (P + 4 * items(P))
-        + BK * (2 * BQ + BQ / 2 * TERMS + L) + 3 * BQ + 17 * 16;
+    long size = 4 * up(z->S, BK) * P + 5 * BQ * P + BK * (2 * BQ + BQ / 2 + L) + 3 * BQ + 17 * 16;
     #pragma omp parallel reduction(| : failed)
     {
         float *memory = aligned_alloc(64, size * sizeof(float));
-        failed |= memory ? 0 : NO_MEMORY;
+        failed |= !memory;
         Tiles before = begin_products();
         #pragma omp for schedule(dynamic)
         for (long n = 0; n < parts; n++) {
             Shape own;
             Arrays own_x;
-            if (failed) continue;
+            if (!memory) continue;
             if (whole) {
                 long b = sequence(z, x, n / z->G, &own, &own_x);
-                failed |= backward_part(&own, &own_x, b, n % z->G * share, share, 0, own.T, 0, own.S, 1, 1, memory);
+                backward_part(&own, &own_x, b, n % z->G * share, share, 0, own.T, 0, own.S, 1, 1, memory);
             } else if (n < heads * q_parts) {
                 long head = n / q_parts, i = n % q_parts * BQ, b = sequence(z, x, head / z->H, &own, &own_x);
-                if (i < own.T) failed |= backward_part(&own, &own_x, b, head % z->H, 1, i, least(BQ, own.T - i), 0, own.S, 1, 0, memory);
+                if (i < own.T) backward_part(&own, &own_x, b, head % z->H, 1, i, least(BQ, own.T - i), 0, own.S, 1, 0, memory);
             } else {
                 long part = n - heads * q_parts, group = part / k_parts, i = part % k_parts * BK;
                 long b = sequence(z, x, group / z->G, &own, &own_x), h = group % z->G * share;
-                if (i < own.S) failed |= backward_part(&own, &own_x, b, h, share, 0, own.T, i, least(BK, own.S - i), 0, 1, memory);
+                if (i < own.S) backward_part(&own, &own_x, b, h, share, 0, own.T, i, least(BK, own.S - i), 0, 1, memory);
             }
         }
         end_products(before);
