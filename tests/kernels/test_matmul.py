@@ -119,6 +119,10 @@ def test_results_beyond_the_largest_number_and_below_the_normal_ones(dtype):
     a, b = random(dtype, (40, 50), (50, 60))
     a[3, 7] = a[39, 49] = most
     check(matmul(a, b * 1e-3), a, b * 1e-3)
+    assert torch.equal(matmul(a[:3, :1] * 1e21, b[:1] * 1e21).abs(), torch.full((3, 60), torch.inf, dtype=dtype))
+    for size in (1e16, 1e-16):
+        x, y = a[:3] * size, b * size
+        check(matmul(x, y), x, y)
 
 
 def test_into_any_destination(dtype):

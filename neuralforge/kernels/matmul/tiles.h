@@ -1,8 +1,9 @@
 /* The tile of registers, MR x NR, by Intel's tiles (amx.h), which multiply bfloat16 and sum up in float. Floats are multiplied
    too, several times as fast as by vectors and no less accurately: each is the sum of TERMS numbers of bfloat16 of 8 bits,
    exactly, and of the nine products of terms the three below 2^-25 of the whole are left out (Henry, Tang & Heinecke 2019,
-   https://doi.org/10.1109/ARITH.2019.00019). Infinities, NaN and the few numbers that round to infinity in bfloat16 don't
-   split: zeros are packed in their place, and add_special follows. Numbers below 2^-126 count as zero, and so do terms.
+   https://doi.org/10.1109/ARITH.2019.00019). Infinities and NaN don't split, and products of
+   great numbers may overflow: zeros are packed in their place, and add_special follows. Numbers below 2^-126 count as zero, and
+   so do terms.
 
    Packed memory: panels of MR rows or NR columns, UNIT numbers of k at a time; of these the terms, largest first; of each
    term two tiles: of a, 16 rows of 16 cells; of b, 16 rows of cells of 16 columns. */
@@ -104,8 +105,8 @@ INLINE int pack_tile(const int by_k, const stored *x, long apart, long step, lon
 }
 #else
 INLINE words bits_of(f x) { return (words)x & 0x7fffffff; }
-#define FINITE 0x7f7f8000u /* and above, numbers don't round to a finite bfloat16 */
-INLINE int special(stored x) { unsigned w; __builtin_memcpy(&w, &x, 4); return (w & 0x7fffffff) >= FINITE; }
+#define GREAT 0x5b800000u /* 2^56: of greater numbers, terms of either sign may overflow where their sum doesn't */
+INLINE int special(stored x) { unsigned w; __builtin_memcpy(&w, &x, 4); return (w & 0x7fffffff) >= GREAT; }
 
 /* A row of the tile of each term: cells of `even` and `odd` numbers. Rounding halves away from zero loses nothing: what is
    left after two terms has 8 bits. */
@@ -140,12 +141,12 @@ INLINE int pack_tile(const int by_k, const stored *x, long apart, long step, lon
     } else
         for (int i = 0; i < 16; i++) even[i] = load_f(x + 2 * i * step), odd[i] = load_f(x + (2 * i + 1) * step);
     words large = {}; /* the highest bit tells */
-    for (int i = 0; i < 16; i++) large |= (bits_of(even[i]) + (0x80000000u - FINITE)) | (bits_of(odd[i]) + (0x80000000u - FINITE));
+    for (int i = 0; i < 16; i++) large |= (bits_of(even[i]) + (0x80000000u - GREAT)) | (bits_of(odd[i]) + (0x80000000u - GREAT));
     int found = 0;
     for (int i = 0; i < 16; i++) found |= large[i] >> 31;
     for (int i = 0; found && i < 16; i++) {
-        even[i] = (f)((words)even[i] & (words)(bits_of(even[i]) < FINITE));
-        odd[i] = (f)((words)odd[i] & (words)(bits_of(odd[i]) < FINITE));
+        even[i] = (f)((words)even[i] & (words)(bits_of(even[i]) < GREAT));
+        odd[i] = (f)((words)odd[i] & (words)(bits_of(odd[i]) < GREAT));
     }
     if ((step == 1) == by_k) transpose(even), transpose(odd);
     for (int i = 0; i < 16; i++) split(even[i], odd[i], out + 16 * i);
@@ -155,11 +156,14 @@ INLINE int pack_tile(const int by_k, const stored *x, long apart, long step, lon
 
 INLINE int pack_panels(const int by_k, const stored *x, long apart, long step, long count, long k, long depth, cell *out) {
     int found = 0;
+    unsigned control = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(control | 0x8040); /* terms below the normal numbers: zero at once, which is quicker */
     for (long i = 0; i < count; i += 32, out += 32 * depth)
         for (long j = 0; j < k; j += UNIT)
             for (int half = 0; half < 2; half++)
                 found |= pack_tile(by_k, x + (i + 16 * half) * apart + j * step, apart, step, most(0, least(16, count - i - 16 * half)),
                                    least(UNIT, k - j), out + cells_of(j) * 32 + 256 * half);
+    __builtin_ia32_ldmxcsr(control);
     return found;
 }
 
