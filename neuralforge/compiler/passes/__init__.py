@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .constants import fold_constants
+from .layers import embedding_by_index, linear_by_hand
 from .layout import transpose_products
 from .losses import negative_log_likelihood, picked_log_softmax, picked_logits
 from .patterns import applied
@@ -10,8 +11,9 @@ from .simplify import common_subexpressions, dead_code, simplify
 from .softmax import log_softmax_by_hand, softmax_by_hand
 
 rewrite_patterns = applied(
-    softmax_by_hand, log_softmax_by_hand, attention, rotary, negative_log_likelihood, picked_log_softmax, picked_logits
-)
+    linear_by_hand, embedding_by_index, softmax_by_hand, log_softmax_by_hand, attention, rotary, negative_log_likelihood,
+    picked_log_softmax, picked_logits,
+)  # fmt: skip
 """In this order: what one rule writes, the next may match."""
 
 __all__ = [

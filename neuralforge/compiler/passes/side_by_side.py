@@ -14,14 +14,46 @@ from ...graph.ir import Equation, Graph, Value, substitute
 from ..attention import claim_attention
 from .layout import follow
 from .patterns import Program
-from .views import arrange, inverse
+from .simplify import dead_code
+from .views import arrange, inverse, natural
 
 aten, own = torch.ops.aten, torch.ops.neuralforge
 _BACKWARD = (aten._scaled_dot_product_flash_attention_for_cpu_backward.default, own.flash_attention_backward.default)
 
 
+def concatenate_stacks(graph: Graph) -> Graph:
+    """A stack, or its copy with the dimensions in another order, as the concatenation of views of its parts: one copy less,
+    and none where parts can be written into their places."""
+    builder, program, copies = Builder(graph), Program(graph), {}
+    for eq in graph.equations:
+        copied = eq.op is aten.clone.default and eq.kwargs.get("memory_format") is torch.contiguous_format
+        if copied and program.users[eq.args[0]] == [eq] and eq.args[0] not in program.results:
+            root, dims = program.root(eq.args[0], eq)
+            stack = program.producers.get(root)
+            whole = natural(root.shape)
+            if stack is not None and stack.op is aten.stack.default and 1 not in root.shape and sorted(dims) == sorted(whole):
+                if root not in program.results and len(program.users[root]) == 1:
+                    copies[eq] = stack, [whole.index(dim) for dim in dims]
+    gone = {stack for stack, _ in copies.values()}
+    for eq in graph.equations:
+        if eq in copies or eq.op is aten.stack.default and eq not in gone:
+            stack, order = copies.get(eq) or (eq, list(range(eq.outputs.fake.dim())))
+            made = {"source": stack.source, "origin": stack.origin or "concatenate_stacks"}
+            axis = (*stack.args, 0)[1] % len(order)
+            within, parts = [d - (d > axis) for d in order if d != axis], []
+            for part in stack.args[0]:
+                part = builder.emit(aten.permute.default, part, within, **made) if within != sorted(within) else part
+                parts.append(builder.emit(aten.unsqueeze.default, part, order.index(axis), **made))
+            args = parts, order.index(axis)
+            builder.equations.append(Equation(aten.cat.default, args, {}, eq.outputs, stack.source, made["origin"]))
+        elif eq not in gone:
+            builder.equations.append(eq)
+    return dead_code(graph.replace(equations=builder.equations))
+
+
 def attention_side_by_side(graph: Graph) -> Graph:
     """Give the gradients of attention that are only concatenated the strides of their places."""
+    graph = concatenate_stacks(graph)
     cats = [eq for eq in graph.equations if eq.op is aten.cat.default]
     if not cats:
         return graph
