@@ -1,5 +1,6 @@
 """Passes: functions from graph to graph."""
 
+from .activations import activations_by_hand
 from .attention import attention
 from .constants import fold_constants
 from .layers import embedding_by_index, linear_by_hand
@@ -11,8 +12,8 @@ from .simplify import common_subexpressions, dead_code, simplify
 from .softmax import log_softmax_by_hand, softmax_by_hand
 
 rewrite_patterns = applied(
-    linear_by_hand, embedding_by_index, softmax_by_hand, log_softmax_by_hand, attention, rotary, negative_log_likelihood,
-    picked_log_softmax, picked_logits,
+    linear_by_hand, embedding_by_index, activations_by_hand, softmax_by_hand, log_softmax_by_hand, attention, rotary,
+    negative_log_likelihood, picked_log_softmax, picked_logits,
 )  # fmt: skip
 """In this order: what one rule writes, the next may match."""
 
