@@ -43,7 +43,7 @@ NOT_LINEAR = {
     "square, bias of rows": (lambda x, w, b: x @ w + b[:, None], 6, 6),
     "rows and columns changed": (lambda x, w, b: (x @ w).view(6, 7) + b, 7, 6),
     "transposed": (lambda x, w, b: (x @ w).t() + b, 7, 6),
-    "the product is read by others": (lambda x, w, b: (y := x @ w + b[:6]) * (x @ w), 7, 6),
+    "the product is read by others": (lambda x, w, b: (x @ w + b[:6]) * (x @ w), 7, 6),
     "twice": (lambda x, w, b: torch.add(x @ w, b, alpha=2), 7, 6),
 }
 
