@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..compiler.attention import attention_flops
 from ..compiler.buckets import Bucketed
+from ..compiler.column_sums import ProductAndSums
 from ..compiler.compiled import Compiled
 from ..compiler.cost import cost, total
 from ..compiler.epilogue import Product
@@ -126,7 +127,7 @@ class Explanation:
                 home.startswith(__package__.partition(".")[0] + ".kernels")
                 or "attention" in home
                 or "products" in home
-                or isinstance(eq.op, Product)
+                or isinstance(eq.op, (Product, ProductAndSums))
             )
             runs = "our kernel" if own else "ATen"
         return Row(eq.name, eq.source, runs, why(eq, self._limited), c.flops, c.bytes, predicted(eq))
@@ -239,7 +240,7 @@ def ranked(rows: list[Row]) -> list[Row]:
 
 def why(eq: Equation, limited: bool = False) -> str:
     """How a fused group came about, or why an equation is in none. `limited`: as many rewrites were made as may be."""
-    if isinstance(eq.op, (Fused, Product)):
+    if isinstance(eq.op, (Fused, Product, ProductAndSums)):
         return eq.op.why
     if role(eq) is not None and limited:
         return "not fused: max_rewrites allows no more"

@@ -226,7 +226,7 @@ void KERNEL(void **all_pointers, const long *all_sizes, void (*product)(), void 
     const long *sizes = all_sizes, start[] = {{0, blocks}}, column_start[] = {{0}}, parts = 1;
     char *sums = {sums};
     struct KERNEL_context context = {{all_pointers, sizes, sums}};
-    product(operands[0], operands[1], operands[2], (void *)0, numbers, KERNEL_tile, &context);
+    product(operands[0], operands[1], operands[2], (void *)0, numbers, KERNEL_tile, &context, (void *)0);
     {self._finish(f"long rows = {rows}, n{last} = sizes[{last}];")}
 }}
 """

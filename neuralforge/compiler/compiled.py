@@ -14,6 +14,7 @@ from ..errors import CaptureError
 from ..graph import Captured
 from ..graph.source import user_line
 from ..memory import Arena, give_pages_back, paused_collector
+from .column_sums import join_column_sums
 from .epilogue import join_epilogues
 from .executor import Program
 from .kernels import claim
@@ -45,7 +46,8 @@ class Compiled:
 
         with rewrites.noting():
             graph, joined = join_epilogues(graph, products)
-        kernels |= joined
+            graph, summed = join_column_sums(graph, products)
+        kernels |= joined | summed
         graph, kernels = rematerialise(graph, kernels, given, memory_budget)
         self.graph = graph
         give_pages_back()  # what compiling took, and timing, would count for the whole run

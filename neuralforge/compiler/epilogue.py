@@ -61,6 +61,8 @@ class Product:
 
     def may_overwrite(self, output: Value, operand: Value) -> bool:
         """Other tiles still need the product's operands."""
+        if output not in self.part.outputs:  # computed a second time, under other names
+            return False
         alone = operand not in self.product.inputs and operand in self.part.inputs
         return alone and self.layout.may_overwrite(output, operand)
 
@@ -99,7 +101,7 @@ def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equati
     joined: dict[int, list[Equation]] = {}  # at the group's position, what is there instead
     gone: set[Equation] = set()
     for product in [eq for eq in graph.equations if eq in products.extra and eq.outputs.fake.dim() == 2]:
-        views = _views(product.outputs, users)
+        views = views_of(product.outputs, users)
         seen = {product.outputs, *(view.outputs for view in views)}
         readers = sorted(
             ((position[eq], v, eq) for v in seen for eq in users.get(v, []) if eq not in views), key=lambda reader: reader[0]
@@ -136,12 +138,12 @@ def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equati
     return verify(graph.replace(equations=equations)), {eq: eq.op.bind(built[text]) for eq, text in code.items()}
 
 
-def _views(v: Value, users: dict[Value, list[Equation]]) -> list[Equation]:
+def views_of(v: Value, users: dict[Value, list[Equation]]) -> list[Equation]:
     """The views of all of `v`, and of those, in their order."""
     found = []
     for eq in users.get(v, []):
         if eq.op in LOOKED_THROUGH and isinstance(eq.outputs, Value) and eq.outputs.fake.numel() == v.fake.numel():
-            found += [eq, *_views(eq.outputs, users)]
+            found += [eq, *views_of(eq.outputs, users)]
     return found
 
 

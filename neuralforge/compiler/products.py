@@ -104,6 +104,8 @@ class Products:
     slower than the fastest, and what copying the result takes (of the part that was timed)."""
 
     kernels: dict[Equation, Kernel] = field(default_factory=dict)
+    own: set[Equation] = field(default_factory=set)
+    """Those by our kernel."""
     extra: dict[Equation, float] = field(default_factory=dict)
     copy: dict[Equation, float] = field(default_factory=dict)
 
@@ -126,6 +128,7 @@ def choose_products(equations: list[Equation]) -> Products:
         choice = choices.get(key, partial(_measured, candidates, eq.args, memory, key, timed))
         if choice in others:
             found.kernels[eq] = others[choice]
+            found.own |= {eq} if choice == "own" else set()
         entry = choices.table.get(key, {})
         if "own" in others and "copy" in entry and "own" in entry["seconds"]:
             found.extra[eq] = entry["seconds"]["own"] - min(entry["seconds"].values())

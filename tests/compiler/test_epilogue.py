@@ -32,6 +32,31 @@ def joined(monkeypatch):
     return names
 
 
+def test_recomputed_under_a_memory_budget(joined):
+    """Together with its epilogue: the results have other names then."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(128, 64), [torch.randn(64, 64) * 0.1 for _ in range(4)]
+
+    def loss(weights):
+        y = x + x.cumsum(0) * 0.01
+        for w in weights[1:3]:
+            y = F.silu(y) * (y @ w)
+        return (y + y.cumsum(0) * 0.01).square().mean()
+
+    step = nf.value_and_grad(loss)
+    free = nf.jit(step)
+    expected = free(weights)
+    budget = free.programs[0].program.plan.peak_bytes // 2
+    with pytest.raises(nf.errors.MemoryBudgetError) as refused:
+        nf.jit(step, memory_budget=budget // 8)(weights)
+    least = int(str(refused.value).split("at least memory_budget=")[1].split()[0].rstrip(".;,"))
+    held = nf.jit(step, memory_budget=max(budget, least))
+    for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(held(weights))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    again = [eq for eq in held.programs[0].graph.equations if eq.origin == "recomputed"]
+    assert joined and any(eq.name.startswith("product_") for eq in again)
+
+
 def same(f, *args, rtol=2e-5):
     found, truth = nf.jit(f)(*args), f(*(a.double() for a in args))
     for a, b in zip(found, truth):

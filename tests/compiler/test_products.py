@@ -24,7 +24,7 @@ def test_every_candidate(choice, monkeypatch):
 
     monkeypatch.setattr(products.Choices, "get", get)
     forward = matmul.forward
-    monkeypatch.setattr(matmul, "forward", lambda *args: run.append(args) or forward(*args))
+    monkeypatch.setattr(matmul, "forward", lambda *args, **kwargs: run.append(args) or forward(*args, **kwargs))
     torch.manual_seed(0)
     x, w, bias = torch.randn(3, 20, 12), torch.randn(17, 12), torch.randn(17)
     found = nf.jit(linear_and_gradients)(x, w, bias)
@@ -53,7 +53,7 @@ def test_candidates_of_bfloat16(choice, monkeypatch):
     monkeypatch.setattr(products.Choices, "get", get)
     monkeypatch.setattr(products, "_fastest", lambda candidates, *rest: set(candidates))
     forward = matmul.forward
-    monkeypatch.setattr(matmul, "forward", lambda *args: run.append(args) or forward(*args))
+    monkeypatch.setattr(matmul, "forward", lambda *args, **kwargs: run.append(args) or forward(*args, **kwargs))
     torch.manual_seed(0)
     args = torch.randn(3, 20, 12), torch.randn(17, 12), torch.randn(17)
     narrow = [a.bfloat16() for a in args]

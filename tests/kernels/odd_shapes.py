@@ -68,6 +68,16 @@ def product(dtype, M, N, K) -> Case:
     return lambda: near([matmul.matmul(a, b, bias)], [matmul.reference(a, b, bias)])
 
 
+def product_and_sums(M, N, K) -> Case:
+    a, b, out, sums = (torch.randn(shape) for shape in ((K, M), (K, N), (M, N), M))
+
+    def run() -> None:
+        matmul.forward((out,), (a.t(), b), {}, sums=sums)
+        near([out, sums], [a.t() @ b, a.sum(0)])
+
+    return run if matmul.native(a, b) else lambda: None
+
+
 def words(*shape) -> Case:
     key, start, whole = torch.tensor([7, 3]), [1] * len(shape), [n + 2 for n in shape]
     expected = philox.random_bits(key, shape, start, whole)
@@ -102,6 +112,7 @@ def cases() -> list[Case]:
         found += [turned(dtype, 1, 1, 1, 2, 1), turned(dtype, 2, 7, 3, 34, 34), turned(dtype, 2, 70, 3, 96, 48)]
         found += [generated(dtype, 3, 5), generated(dtype, 9, 131), generated(dtype, 2, 4099)]
         found += [product(dtype, M, N, K) for M, N, K in ((1, 1, 1), (7, 33, 5), (65, 17, 130), (130, 301, 67), (9, 40, 1601))]
+    found += [product_and_sums(1, 1, 1), product_and_sums(35, 17, 400), product_and_sums(300, 1600, 9)]
     found += [words(1), words(13), words(3, 5), words(2, 7, 65)]
     return found
 

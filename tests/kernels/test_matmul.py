@@ -153,6 +153,17 @@ def test_added_to_what_is_there(M, N, K, dtype):
         assert ((out.double() - truth).abs() <= sums + rounded).all()
 
 
+@pytest.mark.parametrize("M, N, K", [*SIZES, (20, 70, 9000), (40, 30, 0)])
+def test_with_sums_of_rows(M, N, K):
+    a, b = random(torch.float32, (M, K), (K, N))
+    for x in layouts(a):
+        out, sums = torch.full((M, N), 9.0), torch.full((M + 1,), 9.0)
+        forward((out,), (x, b), {}, sums=sums[:M])
+        check(out, a, b)
+        bound = a.double().abs().sum(1) * (K + 1) * 2**-24
+        assert ((sums[:M].double() - a.double().sum(1)).abs() <= bound).all() and sums[M] == 9
+
+
 def test_other_types_take_the_reference():
     for dtype in (torch.float64, torch.float16):
         a, b = random(dtype, (4, 5), (5, 6))

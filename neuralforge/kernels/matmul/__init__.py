@@ -96,8 +96,9 @@ def native(*operands: torch.Tensor | None) -> bool:
     return all(t.dtype == given[0].dtype and t.device.type == "cpu" for t in given) and available(given[0].dtype)
 
 
-def forward(outputs: tuple, args: tuple, kwargs: dict, add: bool = False) -> None:
-    """The C code into a preallocated output [M, N] or [B, M, N] of any strides; or `add` to it, without a bias."""
+def forward(outputs: tuple, args: tuple, kwargs: dict, add: bool = False, sums: torch.Tensor | None = None) -> None:
+    """The C code into a preallocated output [M, N] or [B, M, N] of any strides; or `add` to it, without a bias. `sums` of the
+    rows of `a`, float32 [M]: of matrices, into an output that is contiguous along its rows."""
     (a, b, bias), (out,) = (*args, None)[:3], outputs
     if out.stride(-1) != 1 and out.shape[-1] > 1 and (out.stride(-2) == 1 and bias is None):
         a, b, out = b.mT, a.mT, out.mT  # (A B)^T = B^T A^T
@@ -105,7 +106,7 @@ def forward(outputs: tuple, args: tuple, kwargs: dict, add: bool = False) -> Non
     c = out if direct else torch.empty(out.shape, dtype=out.dtype)
     bias = bias if bias is None else bias.contiguous()
     numbers = layout(a, b, c, add and direct)
-    entry(a.dtype)(pointer(a), pointer(b), None if bias is None else pointer(bias), pointer(c), numbers, None, None)
+    entry(a.dtype)(pointer(a), pointer(b), None if bias is None else pointer(bias), pointer(c), numbers, None, None, None if sums is None else pointer(sums))
     if not direct:
         out.add_(c) if add else out.copy_(c)
 
@@ -125,7 +126,7 @@ def entry(dtype: torch.dtype) -> ctypes._CFuncPtr:
 
 @cache
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.matmul.argtypes, library.matmul.restype = [ctypes.c_void_p] * 7, None
+    library.matmul.argtypes, library.matmul.restype = [ctypes.c_void_p] * 8, None
     library.matmul_blocks.argtypes, library.matmul_blocks.restype = [long], long
     library.matmul_columns.restype = long
     library.matmul_scratch.argtypes, library.matmul_scratch.restype = [long] * 5, long

@@ -67,7 +67,7 @@ long matmul_blocks(long M) { long n = parts(M, MC); return n < 3 ? n : parts(n, 
 long matmul_columns(void) { return NC; }
 
 int omp_get_num_threads(void), omp_get_max_threads(void);
-struct tiles { stored *c; long ldc, add; epilogue finish; void *context; };
+struct tiles { stored *c; long ldc, add; epilogue finish; void *context; float *sums; };
 
 INLINE struct operand part_of(struct operand x, long from, long to, long k) {
     x.at += from * x.apart + k * x.step, x.count = to - from;
@@ -96,14 +96,27 @@ static void add_special(struct operand a, struct operand b, struct block to, lon
         }
 }
 
+/* sums[i] = the i-th vector's, begun anew or added to. */
+static void add_up(struct operand x, long k, float *sums, int anew) {
+    float part[MOST] = {};
+    for (long p = 0; p < k; p++) {
+        const stored *at = x.at + p * x.step;
+        long i = 0;
+        for (; x.apart == 1 && i + L <= x.count; i += L) store_f(part + i, load_f(part + i) + STORED(load)(at + i));
+        for (; i < x.count; i++) part[i] += as_float(at[i * x.apart]);
+    }
+    for (long i = 0; i < x.count; i++) sums[i] = anew ? part[i] : sums[i] + part[i];
+}
+
 /* What a product needs. One operand is packed by all threads, as much of it as SHARED holds. That is b, but for a flat
    product: the fewer vectors it has, the oftener each is used while it is in a cache. Epilogues get rows as long as can be.
    Partial sums are in c, if that is of floats, else in a tile of the thread's own; with an epilogue, the results too.
    Bytes: `shared` and `sums` once, `own` for each thread, the first of them `packed`. */
 struct needs { int flat, direct, several, threads; long deep, wide, shared, sums, packed, own; };
 
-static struct needs needs_of(long M, long N, long K, int finish) {
-    struct needs x = {.flat = !finish && 2 * M <= N, .direct = !finish && sizeof(stored) == sizeof(float)};
+/* `rows`: epilogues or sums are wanted of them. */
+static struct needs needs_of(long M, long N, long K, int finish, int rows) {
+    struct needs x = {.flat = !rows && 2 * M <= N, .direct = !finish && sizeof(stored) == sizeof(float)};
     x.deep = K == 0 ? 1 : finish || K < DEEP ? K : DEEP;
     x.several = x.deep < K && !x.direct; /* shares of k: sums of all tiles have to be kept */
     long width = x.flat ? MR : NR, fit = SHARED / cells_of(x.deep);
@@ -120,7 +133,7 @@ static struct needs needs_of(long M, long N, long K, int finish) {
 static void one(struct operand a, struct operand b, const stored *bias, struct tiles to, long K) {
     long M = a.count, N = b.count, padded = up(N, NR);
     if (M == 0 || N == 0) return;
-    struct needs x = needs_of(M, N, K, to.finish != 0);
+    struct needs x = needs_of(M, N, K, to.finish != 0, to.finish || to.sums);
     int flat = x.flat, direct = x.direct, narrow = sizeof(stored) < sizeof(float), special_all = 0;
     struct operand all = flat ? a : b, each = flat ? b : a;
     void *shared_memory, *sums_memory = 0;
@@ -164,6 +177,7 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
                         int more = begin > 0 || to.add, last = begin + deeper >= K;
                         struct operand mine = part_of(each, top, bottom, begin), theirs = part_of(all, n + left, n + right, begin);
                         int special_mine = pack(!flat, mine, deeper, high, own);
+                        if (to.sums && n + left == 0) add_up(mine, deeper, to.sums + top, begin == 0);
                         /* of this task, or of one that this thread may get next */
                         long then = begin + deeper, at = top;
                         if (block + deeper >= depth) then = k, at = least(rows - 1, rows * ((task + threads) % blocks) / blocks) * each.width;
@@ -188,18 +202,19 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
 #define ALONE 4 /* products of a batch, or more, are made by one thread each */
 /* Bytes allocated for a while. */
 long matmul_scratch(long batch, long M, long N, long K, int finish) {
-    struct needs x = needs_of(M, N, K, finish);
+    struct needs x = needs_of(M, N, K, finish, 0);
     return batch < ALONE ? x.sums + x.shared + x.own * x.threads : (x.sums + x.shared + x.own) * omp_get_max_threads();
 }
 
 /* For each of `batch` products c (M x N, rows ldc apart) = a (M x K) b (K x N) + bias (N, or 0). The numbers are batch, M,
    N, K, and the distances in memory: of a from one to the next, down and across; so of b; of c from one to the next and
-   down; and whether to add to what is in c, of floats, without a bias. With an epilogue (batch 1) there is no c. */
+   down; and whether to add to what is in c, of floats, without a bias. With an epilogue (batch 1) there is no c. `sums` of a's rows, or 0,
+   for a batch of 1. */
 void matmul(const stored *a, const stored *b, const stored *bias, stored *c, const long *numbers, epilogue finish,
-            void *context) {
+            void *context, float *sums) {
     const long *n = numbers;
     #define ONE(i) one((struct operand){a + i * n[4], n[5], n[6], n[1], MR}, (struct operand){b + i * n[7], n[9], n[8], n[2], NR}, \
-        bias, (struct tiles){c + i * n[10], n[11], n[12], finish, context}, n[3])
+        bias, (struct tiles){c + i * n[10], n[11], n[12], finish, context, sums}, n[3])
     if (n[0] < ALONE)
         for (long i = 0; i < n[0]; i++) ONE(i);
     else {

@@ -1,0 +1,99 @@
+"""Gradients of biases, made by the product that makes the weight's: it reads the same gradient, and sums it up as it packs it.
+
+Where another product made the gradient, its epilogue sums it up already (`epilogue.py`), before it leaves the cache. This is for
+the rest: that of attention, of a loss, of what a user gives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..graph import verify
+from ..graph.ir import Equation, Graph, Value
+from ..kernels import matmul
+from .epilogue import views_of
+from .kernels import Kernel
+from .passes.patterns import Program
+from .passes.rewrites import make
+from .passes.views import natural, regroup
+from .products import Products
+from .space import contiguous
+
+aten = torch.ops.aten
+
+
+class ProductAndSums:
+    """The operator of a product x^T y and of the sums of x's columns: called, it interprets `graph`."""
+
+    name = "product_and_sums"
+    why = "a product, with the sums of the columns of what it reads"
+
+    def __init__(self, product: Equation, total: Equation):
+        inputs = list(dict.fromkeys([*product.inputs, *total.inputs]))
+        self.graph = Graph(inputs=inputs, equations=[product, total], outputs=[product.outputs, total.outputs])
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple:
+        return tuple(self.graph(*tensors))
+
+    def bind(self, scratch: int) -> Kernel:
+        at, product = {v: i for i, v in enumerate(self.graph.inputs)}, self.graph.equations[0]
+        a, b = (at[v] for v in product.args)
+
+        def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
+            matmul.forward(outputs[:1], (inputs[a], inputs[b]), {}, sums=outputs[1])
+
+        return Kernel(run, scratch=lambda eq: scratch)
+
+
+def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:
+    """Products by our kernel joined with the sums of columns of their transposed left operands; and the new kernels."""
+    program, pairs = Program(graph), {}
+    own = [eq for eq in graph.equations if eq in products.own and eq.op is aten.mm.default and _fits(eq)]
+    gradients = {_memory(program, program.producers[eq.args[0]].args[0]): eq for eq in own if _transposed(program, eq)}
+    gradients.pop(None, None)
+    for total in graph.equations:
+        product = gradients.get(_memory(program, total.args[0])) if _sums_columns(total) else None
+        if product is None or product in pairs or total.outputs.fake.numel() != product.args[0].shape[0]:
+            continue
+        at, views = program.position[product], views_of(total.outputs, program.users)
+        readers = [eq for v in (total, *views) for eq in program.users.get(v.outputs, ()) if eq not in views]
+        if any(program.position[eq] < at for eq in readers) or program.place(total.args[0]) > at:
+            continue
+        if make("column_sums", total.source, f"{total.outputs.fake.numel()} columns, with the product {product.source}"):
+            pairs[product] = total, views
+    kernels: dict[Equation, Kernel] = {}
+    equations, gone = [], {eq for total, views in pairs.values() for eq in (total, *views)}
+    for eq in graph.equations:
+        if eq in pairs:
+            total, views = pairs[eq]
+            op, scratch = ProductAndSums(eq, total), products.kernels[eq].scratch(eq)
+            new = Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), eq.source, "join_column_sums")
+            kernels[new] = op.bind(scratch)
+            equations += [new, *views]
+        elif eq not in gone:
+            equations.append(eq)
+    return verify(graph.replace(equations=equations)), kernels
+
+
+def _fits(product: Equation) -> bool:
+    return product.outputs.dtype == torch.float32 and contiguous(product.outputs)
+
+
+def _transposed(program: Program, product: Equation) -> bool:
+    maker = program.producers.get(product.args[0])
+    return maker is not None and maker.op is aten.t.default
+
+
+def _sums_columns(eq: Equation) -> bool:
+    """Is it the sum over all dimensions but the last, of float32?"""
+    if eq.op is not aten.sum.dim_IntList or eq.kwargs or eq.args[0].dtype != torch.float32 or not eq.args[1]:
+        return False
+    ndim = eq.args[0].fake.dim()
+    return sorted(d % ndim for d in eq.args[1]) == list(range(ndim - 1)) and ndim > 1
+
+
+def _memory(program: Program, v: Value) -> tuple[Value, int] | None:
+    """What `v` lies in, and of how many columns; None unless `v` is contiguous and all of that, in its order."""
+    root, dims = program.trace(v)
+    whole = regroup(natural(root.shape), tuple(v.shape))
+    return (root, v.shape[-1]) if contiguous(v) and contiguous(root) and dims == whole else None
