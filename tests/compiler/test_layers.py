@@ -111,3 +111,19 @@ def test_gradients_of_attention_stacked():
     f = nf.grad(attention, (0, 1))
     agree(f, *args)
     assert not {"aten.stack", "aten.clone", "aten.cat"} & set(names(f, *args))
+
+
+def test_tangents_of_linear_layers():
+    """Their own linear layers have derivatives like those of the first ones, which are needed long before."""
+    def loss(w, b, x):
+        for _ in range(2):
+            x = F.linear(x, w, b).tanh().view(2, 7, 5).relu().view(14, 5) + x
+        return x.square().sum()
+
+    def products(w, b, u, v, x):
+        first = nf.grad(loss, (0, 1))(w, b, x + 1)
+        slope = lambda w, b: nf.jvp(lambda w, b: loss(w, b, x), (w, b), (u, v))[1]
+        return (*first, *nf.grad(slope, (0, 1))(w, b))
+
+    torch.manual_seed(0)
+    agree(products, torch.randn(5, 5), torch.randn(5), torch.randn(5, 5), torch.randn(5), torch.randn(14, 5))

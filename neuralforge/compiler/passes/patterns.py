@@ -275,14 +275,16 @@ class _Plan:
             for i, n in pullback.gradients.items():
                 gradients.update(values(i, n, p))
             cotangents = [min(numbers.values[n], key=program.place) for n in pullback.cotangents]
-            at = max(self.forward_at, _room(program, numbers, list(gradients), cotangents, inside))
+            at = _room(program, numbers, list(gradients), cotangents, inside, self.forward_at)
             self.replaced.update(gradients)
             self.backward_at.append((at, cotangents))
 
 
-def _room(program: Program, numbers: Numbers, made: list[Value], read: list[Value], inside: set[int]) -> int:
-    """Where to put equations that read `read` and make `made` anew: before its first reader that stays."""
-    at = max([*(program.place(v) + 1 for v in read), min(program.place(v) for v in made)])
+def _room(
+    program: Program, numbers: Numbers, made: list[Value], read: list[Value], inside: set[int], after: int = 0
+) -> int:
+    """Where to put equations that read `read` and make `made` anew, not before `after`: before its first reader that stays."""
+    at = max([after, *(program.place(v) + 1 for v in read), min(program.place(v) for v in made)])
     for v in made:
         for eq in program.users.get(v, ()):
             if program.position[eq] < at and not all(numbers.of[r] in inside for r in eq.results):
