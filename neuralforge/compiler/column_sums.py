@@ -15,7 +15,7 @@ from .epilogue import views_of
 from .kernels import Kernel
 from .passes.patterns import Program
 from .passes.rewrites import make
-from .passes.views import natural, regroup
+from .passes.views import reshaped
 from .products import Products
 from .space import contiguous
 
@@ -95,5 +95,5 @@ def _sums_columns(eq: Equation) -> bool:
 def _memory(program: Program, v: Value) -> tuple[Value, int] | None:
     """What `v` lies in, and of how many columns; None unless `v` is contiguous and all of that, in its order."""
     root, dims = program.trace(v)
-    whole = regroup(natural(root.shape), tuple(v.shape))
-    return (root, v.shape[-1]) if contiguous(v) and contiguous(root) and dims == whole else None
+    whole = contiguous(v) and contiguous(root) and reshaped(dims, root.shape, v.shape)
+    return (root, v.shape[-1]) if whole else None

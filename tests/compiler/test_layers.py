@@ -43,7 +43,10 @@ NOT_LINEAR = {
     "square, bias of rows": (lambda x, w, b: x @ w + b[:, None], 6, 6),
     "rows and columns changed": (lambda x, w, b: (x @ w).view(6, 7) + b, 7, 6),
     "transposed": (lambda x, w, b: (x @ w).t() + b, 7, 6),
+    "rows in another order": (lambda x, w, b: (x @ w).view(2, 7, 6).transpose(0, 1) + b[:6], 14, 6),
+    "columns among the rows": (lambda x, w, b: (x @ w).view(2, 6, 6).permute(1, 0, 2).transpose(0, 2) + b[:6], 12, 6),
     "the product is read by others": (lambda x, w, b: (x @ w + b[:6]) * (x @ w), 7, 6),
+    "a single number": (lambda x, w, b: (x[:1] @ w[:, :1]).view(()) + b[:1], 7, 6),
     "twice": (lambda x, w, b: torch.add(x @ w, b, alpha=2), 7, 6),
 }
 

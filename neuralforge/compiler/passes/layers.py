@@ -8,7 +8,7 @@ import torch
 
 from ...graph.ir import Value
 from .patterns import Match, Program
-from .views import natural
+from .views import reshaped
 
 aten = torch.ops.aten
 
@@ -23,14 +23,13 @@ def linear_by_hand(program: Program) -> Iterator[Match]:
             mm = program.producer(made, aten.mm.default)
             if mm is None or not isinstance(bias, Value) or bias.dtype != made.dtype or bias.fake.dim() != 1:
                 continue
-            # Rows may be split over several dimensions; columns are the last.
-            last = natural(made.shape)[1]
-            if view[-1:] != (last,) or bias.shape[0] != made.shape[1] or eq.outputs.shape != product.shape:
+            columns = made.shape[1:]  # the rows may be split over several dimensions
+            if product.shape[-1:] != columns or bias.shape != columns or eq.outputs.shape != product.shape:
                 continue
-            if view != natural(made.shape) and [run for dim in view[:-1] for run in dim if run.axis != 0]:
+            if not reshaped(view, made.shape, product.shape):
                 continue
-            x, w = mm.args
             shape = list(product.shape)
+            x, w = mm.args
             replacement = lambda env, x=x, w=w, bias=bias, shape=shape: [torch.addmm(env[bias], env[x], env[w]).view(shape)]
             equations = program.between([eq.outputs], {x, w, bias})
             yield Match(equations, [eq.outputs], replacement, f"{x.shape[0]} rows, {bias.shape[0]} columns", ("linear", tuple(shape)))

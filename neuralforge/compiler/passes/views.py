@@ -61,6 +61,11 @@ def regroup(dims: Dims, shape: tuple[int, ...]) -> Dims | None:
     return None if runs else tuple(map(_joined, result))
 
 
+def reshaped(dims: Dims, root: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Is the view `dims`, of `shape`, all of a root of that shape, in its order?"""
+    return dims == regroup(natural(root), shape)
+
+
 def compose(outer: Dims | None, inner: Dims | None, shape: tuple[int, ...]) -> Dims | None:
     """A view of a view: `outer` speaks of the axes (of `shape`) whose places in the root `inner` tells."""
     if outer is None or inner is None or 0 in shape:
