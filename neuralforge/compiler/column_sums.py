@@ -35,9 +35,11 @@ class ProductAndSums:
     def __call__(self, *tensors: torch.Tensor) -> tuple:
         return tuple(self.graph(*tensors))
 
-    def bind(self, scratch: int) -> Kernel:
-        at, product = {v: i for i, v in enumerate(self.graph.inputs)}, self.graph.equations[0]
-        a, b = (at[v] for v in product.args)
+    def bind(self) -> Kernel:
+        product, places = self.graph.equations[0], self.graph.inputs
+        a, b = (places.index(v) for v in product.args)
+        shape, K = tuple(product.outputs.shape), product.args[0].shape[1]
+        scratch = matmul.scratch_bytes(shape, K, product.outputs.dtype, sums=True)
 
         def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
             matmul.forward(outputs[:1], (inputs[a], inputs[b]), {}, sums=outputs[1])
@@ -47,13 +49,16 @@ class ProductAndSums:
 
 def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:
     """Products by our kernel joined with the sums of columns of their transposed left operands; and the new kernels."""
-    program, pairs = Program(graph), {}
     own = [eq for eq in graph.equations if eq in products.own and eq.op is aten.mm.default and _fits(eq)]
+    totals = [eq for eq in graph.equations if _sums_columns(eq)]
+    if not own or not totals:
+        return graph, {}
+    program, pairs = Program(graph), {}
     gradients = {_memory(program, program.producers[eq.args[0]].args[0]): eq for eq in own if _transposed(program, eq)}
     gradients.pop(None, None)
-    for total in graph.equations:
-        product = gradients.get(_memory(program, total.args[0])) if _sums_columns(total) else None
-        if product is None or product in pairs or total.outputs.fake.numel() != product.args[0].shape[0]:
+    for total in totals:
+        product = gradients.get(_memory(program, total.args[0]))
+        if product is None or product in pairs:
             continue
         at, views = program.position[product], views_of(total.outputs, program.users)
         readers = [eq for v in (total, *views) for eq in program.users.get(v.outputs, ()) if eq not in views]
@@ -66,9 +71,9 @@ def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equa
     for eq in graph.equations:
         if eq in pairs:
             total, views = pairs[eq]
-            op, scratch = ProductAndSums(eq, total), products.kernels[eq].scratch(eq)
+            op = ProductAndSums(eq, total)
             new = Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), eq.source, "join_column_sums")
-            kernels[new] = op.bind(scratch)
+            kernels[new] = op.bind()
             equations += [new, *views]
         elif eq not in gone:
             equations.append(eq)

@@ -61,8 +61,6 @@ class Product:
 
     def may_overwrite(self, output: Value, operand: Value) -> bool:
         """Other tiles still need the product's operands."""
-        if output not in self.part.outputs:  # computed a second time, under other names
-            return False
         alone = operand not in self.product.inputs and operand in self.part.inputs
         return alone and self.layout.may_overwrite(output, operand)
 

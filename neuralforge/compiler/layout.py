@@ -247,7 +247,9 @@ class Layout:
 
     def may_overwrite(self, output: Value, operand: Value) -> bool:
         """May `output` be put where `operand` is? Each element must be read for the last time before it is written."""
-        r = next(r for r in self.results if r.value is output)
+        r = next((r for r in self.results if r.value is output), None)
+        if r is None:  # computed a second time, under another name
+            return False
         places = {i for i, (v, _) in enumerate(self.operands) if v is operand}
         if r.kind not in ("full", "row") or any(self.operands[i][1] != r.strides for i in places):
             return False

@@ -23,7 +23,7 @@ from .passes.join_losses import join_losses
 from .passes.loss_head import chunk_loss_heads
 from .passes.narrow import narrow_losses
 from .passes.rewrites import Rewrites
-from .passes.side_by_side import attention_side_by_side
+from .passes.side_by_side import attention_side_by_side, concatenate_stacks
 from .passes.widen import widen_products
 
 PASSES: list[Callable[[Graph], Graph]] = [
@@ -41,6 +41,7 @@ PASSES: list[Callable[[Graph], Graph]] = [
     join_losses,
     chunk_loss_heads,
     dead_code,
+    concatenate_stacks,
     attention_side_by_side,
     fuse,
     batch,

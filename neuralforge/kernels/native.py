@@ -113,6 +113,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def pointer(t: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr())
+def pointer(t: torch.Tensor | None) -> ctypes.c_void_p | None:
+    """Where the numbers are; null for None."""
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
 

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _CURVED = {aten.tanh, aten.erf, aten.exp, aten.sigmoid, aten.erfc, aten.special_erf}
 _PLAIN = {aten.mul, aten.add, aten.sub, aten.rsub, aten.div, aten.neg, aten.pow, aten.reciprocal, aten.square, aten.clone}
 NEAR, FAR = 8, 16
-"""From the curved function to the activation in equations one after the other, and in all."""
+"""Equations after the curved function that are looked at, and the most of an activation."""
 TOLERANCE = 1e-6
 """Constants are written with some digits only."""
 
@@ -51,7 +51,7 @@ def _matches(program: Program, curved: Equation) -> Iterator[Match]:
             equations = program.between([end.outputs], {x})
             found = _known(equations, x, end.outputs)
             if found is not None:
-                replacement = lambda env, x=x, end=end, f=ACTIVATIONS[found]: [f(env[x]).to(end.outputs.dtype)]
+                replacement = lambda env, x=x, f=ACTIVATIONS[found]: [f(env[x])]
                 yield Match(equations, [end.outputs], replacement, found, ("activation", found))
 
 

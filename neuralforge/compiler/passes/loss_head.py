@@ -65,7 +65,7 @@ def _find(program: Program, loss: Equation) -> _Head | None:
     x, wt = product.args[-2:]
     bias = product.args[0] if product.op is aten.addmm.default else None
     rows, classes = logits.shape
-    at_once = kernel.rows_at_once(rows, logits.shape[-1], logits.dtype)
+    at_once = kernel.rows_at_once(rows, classes, logits.dtype)
     if logits.nbytes < SMALL.get(logits.dtype, math.inf) or at_once == rows or logits in program.results:
         return None
     if loss.op is TOGETHER and loss.args[3] is not None or bias is not None and tuple(bias.shape) != (logits.shape[1],):

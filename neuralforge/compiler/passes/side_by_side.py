@@ -24,6 +24,8 @@ _BACKWARD = (aten._scaled_dot_product_flash_attention_for_cpu_backward.default, 
 def concatenate_stacks(graph: Graph) -> Graph:
     """A stack, or its copy with the dimensions in another order, as the concatenation of views of its parts: one copy less,
     and none where parts can be written into their places."""
+    if not any(eq.op is aten.stack.default for eq in graph.equations):
+        return graph
     builder, program, copies = Builder(graph), Program(graph), {}
     for eq in graph.equations:
         copied = eq.op is aten.clone.default and eq.kwargs.get("memory_format") is torch.contiguous_format
@@ -53,7 +55,6 @@ def concatenate_stacks(graph: Graph) -> Graph:
 
 def attention_side_by_side(graph: Graph) -> Graph:
     """Give the gradients of attention that are only concatenated the strides of their places."""
-    graph = concatenate_stacks(graph)
     cats = [eq for eq in graph.equations if eq.op is aten.cat.default]
     if not cats:
         return graph

@@ -164,7 +164,7 @@ def _run(logits, target, ignore_index, losses, lse, grad=None, grad_lse=None, ou
     function.restype = long
     target, grad, grad_lse = (None if t is None else t.contiguous() for t in (target, grad, grad_lse))
     tensors = logits, target, losses, lse, grad, grad_lse, out
-    bad = function(*(None if t is None else pointer(t) for t in tensors), long(N), long(V), long(ignore_index))
+    bad = function(*map(pointer, tensors), long(N), long(V), long(ignore_index))
     if bad >= 0:
         raise _out_of_range(int(target[bad]), bad, V, ignore_index)
 

@@ -106,7 +106,7 @@ def forward(outputs: tuple, args: tuple, kwargs: dict, add: bool = False, sums: 
     c = out if direct else torch.empty(out.shape, dtype=out.dtype)
     bias = bias if bias is None else bias.contiguous()
     numbers = layout(a, b, c, add and direct)
-    entry(a.dtype)(pointer(a), pointer(b), None if bias is None else pointer(bias), pointer(c), numbers, None, None, None if sums is None else pointer(sums))
+    entry(a.dtype)(pointer(a), pointer(b), pointer(bias), pointer(c), numbers, None, None, pointer(sums))
     if not direct:
         out.add_(c) if add else out.copy_(c)
 
@@ -129,7 +129,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.matmul.argtypes, library.matmul.restype = [ctypes.c_void_p] * 8, None
     library.matmul_blocks.argtypes, library.matmul_blocks.restype = [long], long
     library.matmul_columns.restype = long
-    library.matmul_scratch.argtypes, library.matmul_scratch.restype = [long] * 5, long
+    library.matmul_scratch.argtypes, library.matmul_scratch.restype = [long] * 6, long
     return library
 
 
@@ -138,10 +138,10 @@ def blocks(rows: int, dtype: torch.dtype) -> int:
     return _declared(_NATIVE[dtype].library).matmul_blocks(rows)
 
 
-def scratch_bytes(shape: tuple[int, ...], K: int, dtype: torch.dtype, epilogue: bool = False) -> int:
-    """What a product of that `shape`, sums of K numbers, allocates for a while."""
+def scratch_bytes(shape: tuple[int, ...], K: int, dtype: torch.dtype, epilogue: bool = False, sums: bool = False) -> int:
+    """What a product of that `shape`, of K numbers each, allocates for a while; with an epilogue, or sums of rows."""
     batch = shape[0] if len(shape) == 3 else 1
-    return _declared(_NATIVE[dtype].library).matmul_scratch(batch, *shape[-2:], K, epilogue)
+    return _declared(_NATIVE[dtype].library).matmul_scratch(batch, *shape[-2:], K, epilogue, sums)
 
 
 def most_columns(dtype: torch.dtype) -> int:

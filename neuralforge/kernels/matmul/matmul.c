@@ -109,14 +109,13 @@ static void add_up(struct operand x, long k, float *sums, int anew) {
 }
 
 /* What a product needs. One operand is packed by all threads, as much of it as SHARED holds. That is b, but for a flat
-   product: the fewer vectors it has, the oftener each is used while it is in a cache. Epilogues get rows as long as can be.
+   product: the fewer vectors it has, the oftener each is used while it is in a cache. Epilogues get rows as long as can be, and sums of rows all of a.
    Partial sums are in c, if that is of floats, else in a tile of the thread's own; with an epilogue, the results too.
    Bytes: `shared` and `sums` once, `own` for each thread, the first of them `packed`. */
 struct needs { int flat, direct, several, threads; long deep, wide, shared, sums, packed, own; };
 
-/* `rows`: epilogues or sums are wanted of them. */
-static struct needs needs_of(long M, long N, long K, int finish, int rows) {
-    struct needs x = {.flat = !rows && 2 * M <= N, .direct = !finish && sizeof(stored) == sizeof(float)};
+static struct needs needs_of(long M, long N, long K, int finish, int sums) {
+    struct needs x = {.flat = !finish && !sums && 2 * M <= N, .direct = !finish && sizeof(stored) == sizeof(float)};
     x.deep = K == 0 ? 1 : finish || K < DEEP ? K : DEEP;
     x.several = x.deep < K && !x.direct; /* shares of k: sums of all tiles have to be kept */
     long width = x.flat ? MR : NR, fit = SHARED / cells_of(x.deep);
@@ -133,7 +132,7 @@ static struct needs needs_of(long M, long N, long K, int finish, int rows) {
 static void one(struct operand a, struct operand b, const stored *bias, struct tiles to, long K) {
     long M = a.count, N = b.count, padded = up(N, NR);
     if (M == 0 || N == 0) return;
-    struct needs x = needs_of(M, N, K, to.finish != 0, to.finish || to.sums);
+    struct needs x = needs_of(M, N, K, to.finish != 0, to.sums != 0);
     int flat = x.flat, direct = x.direct, narrow = sizeof(stored) < sizeof(float), special_all = 0;
     struct operand all = flat ? a : b, each = flat ? b : a;
     void *shared_memory, *sums_memory = 0;
@@ -201,15 +200,15 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
 
 #define ALONE 4 /* products of a batch, or more, are made by one thread each */
 /* Bytes allocated for a while. */
-long matmul_scratch(long batch, long M, long N, long K, int finish) {
-    struct needs x = needs_of(M, N, K, finish, 0);
+long matmul_scratch(long batch, long M, long N, long K, long finish, long sums) {
+    struct needs x = needs_of(M, N, K, finish, sums);
     return batch < ALONE ? x.sums + x.shared + x.own * x.threads : (x.sums + x.shared + x.own) * omp_get_max_threads();
 }
 
 /* For each of `batch` products c (M x N, rows ldc apart) = a (M x K) b (K x N) + bias (N, or 0). The numbers are batch, M,
    N, K, and the distances in memory: of a from one to the next, down and across; so of b; of c from one to the next and
-   down; and whether to add to what is in c, of floats, without a bias. With an epilogue (batch 1) there is no c. `sums` of a's rows, or 0,
-   for a batch of 1. */
+   down; and whether to add to what is in c, of floats, without a bias. With an epilogue (batch 1) there is no c. `sums` of
+   a's rows (batch 1), or 0. */
 void matmul(const stored *a, const stored *b, const stored *bias, stored *c, const long *numbers, epilogue finish,
             void *context, float *sums) {
     const long *n = numbers;

@@ -1,9 +1,8 @@
 /* The tile of registers, MR x NR, by Intel's tiles (amx.h), which multiply bfloat16 and sum up in float. Floats are multiplied
    too, several times as fast as by vectors and no less accurately: each is the sum of TERMS numbers of bfloat16 of 8 bits,
    exactly, and of the nine products of terms the three below 2^-25 of the whole are left out (Henry, Tang & Heinecke 2019,
-   https://doi.org/10.1109/ARITH.2019.00019). Infinities and NaN don't split, and products of
-   great numbers may overflow: zeros are packed in their place, and add_special follows. Numbers below 2^-126 count as zero, and
-   so do terms.
+   https://doi.org/10.1109/ARITH.2019.00019). Infinities and NaN don't split, and products of great numbers may overflow: zeros
+   are packed in their place, and add_special follows. Numbers below 2^-126 count as zero, and so do terms.
 
    Packed memory: panels of MR rows or NR columns, UNIT numbers of k at a time; of these the terms, largest first; of each
    term two tiles: of a, 16 rows of 16 cells; of b, 16 rows of cells of 16 columns. */
