@@ -21,7 +21,7 @@ struct ahead { const char *at; long bytes, apart; };
    this is one panel after the other, each of which meets all of the other's. */
 static void tile(const cell *a, const cell *b, int across, const float *from, long from_down, struct block to, long rows,
                  long columns, long depth, struct ahead next) {
-    long high = parts(rows, MR), inner = across ? high : parts(columns, NR), lines = next.bytes ? parts(next.bytes, 64) : 1;
+    long high = parts(rows, MR), inner = across ? high : parts(columns, NR), lines = next.bytes ? parts(next.bytes, 128) : 1;
     long size = to.narrow ? sizeof(stored) : sizeof(float), width = (across ? NR : MR) * depth;
     for (long call = 0; call < high * parts(columns, NR); call++) {
         float part[MR * NR] __attribute__((aligned(64)));
@@ -36,7 +36,7 @@ static void tile(const cell *a, const cell *b, int across, const float *from, lo
         }
         registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR, to.narrow,
                   (across ? b : a) + (outer + 1) * width + turn * width / inner,
-                  next.at + call / lines * MR * next.apart + call % lines * 64, next.apart);
+                  next.at + call / lines * MR * next.apart + call % lines * 128, next.apart);
         if (!whole)
             for (long r = 0; r < height; r++)
                 __builtin_memcpy(end + r * to.down * size, (char *)part + r * NR * size, wide * size);

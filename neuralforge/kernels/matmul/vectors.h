@@ -63,7 +63,7 @@ INLINE void end_products(Tiles before) { (void)before; }
 
 /* A tile of registers, MR x NR: `to` = `from` + a b over k cells; `from`, which may be null for zeros, and `to` have their
    rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16. Meanwhile the caches fetch, for later: part of the
-   next panel of b, rows of `to`, and as many rows of A, `ahead_down` bytes apart. All of it is spread over the loop: with a
+   next panel of b, rows of `to`, and two lines each of as many rows of A, `ahead_down` bytes apart. All of it is spread over the loop: with a
    dozen lines under way a core waits. */
 #ifdef ROWS
 #define STEP_ROW(at, i, low, high) \
@@ -76,7 +76,7 @@ INLINE void end_products(Tiles before) { (void)before; }
 #define STEP(at) "vmovups " #at "*" PANEL_B "(%[b]), " B_LOW "\n\tvmovups " #at "*" PANEL_B "+" WIDTH "(%[b]), " B_HIGH "\n\t" ROWS(STEP##at)
 #define CLEAR(i, low, high) ZERO(low) ZERO(high)
 #define FETCH_ROW "prefetcht0 (%[p])\n\tprefetcht0 " PANEL_B "-4(%[p])\n\tadd %[to_down], %[p]\n\t" \
-    "prefetcht1 (%[ahead])\n\tadd %[ahead_down], %[ahead]\n\t"
+    "prefetcht1 (%[ahead])\n\tprefetcht1 64(%[ahead])\n\tadd %[ahead_down], %[ahead]\n\t"
 #define FETCH_PANEL "prefetcht1 (%[next])\n\tadd $64, %[next]\n\t"
 #define ADD(i, low, high) "vaddps (%[p]), " REG(low) ", " REG(low) "\n\tvaddps " WIDTH "(%[p]), " REG(high) ", " REG(high) "\n\tadd %[from_down], %[p]\n\t"
 #define STORE(i, low, high) "vmovups " REG(low) ", (%[p])\n\tvmovups " REG(high) ", " WIDTH "(%[p])\n\tadd %[to_down], %[p]\n\t"
@@ -124,28 +124,21 @@ static void registers(const cell *a, const cell *b, long k, const float *from, l
 }
 #endif
 
-/* `count` vectors, `apart` each other, their elements `step` apart, into panels of `width`: first the first cells of
-   `width` vectors, then their second, ... up to k numbers. Panels are `depth` cells deep, of which these are a part. The
-   last panel is filled up with zeros, and so is the last cell. */
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_any __attribute__((vector_size(16), aligned(sizeof(stored))));
-typedef int quad_int __attribute__((vector_size(16)));
-#define MIX(x, y, ...) __builtin_shuffle(x, y, (quad_int){__VA_ARGS__})
-
-INLINE void pack_four(const stored *x, long apart, long k, long width, cell *out) {
-    for (; k >= 4 * UNIT; k -= 4 * UNIT, x += 4 * UNIT, out += 4 * width) {
-        __builtin_prefetch(x + (4 + k / (4 * UNIT) % 4) * apart); /* the next four, a line of each in turn */
-        quad r0 = *(quad_any *)x, r1 = *(quad_any *)(x + apart);
-        quad r2 = *(quad_any *)(x + 2 * apart), r3 = *(quad_any *)(x + 3 * apart);
-        quad a = MIX(r0, r1, 0, 4, 1, 5), b = MIX(r0, r1, 2, 6, 3, 7);
-        quad c = MIX(r2, r3, 0, 4, 1, 5), d = MIX(r2, r3, 2, 6, 3, 7);
-        *(quad_any *)out = MIX(a, c, 0, 1, 4, 5);
-        *(quad_any *)(out + width) = MIX(a, c, 2, 3, 6, 7);
-        *(quad_any *)(out + 2 * width) = MIX(b, d, 0, 1, 4, 5);
-        *(quad_any *)(out + 3 * width) = MIX(b, d, 2, 3, 6, 7);
+/* `n` vectors, `apart` each other, each of k neighbours, into a panel of `width`: squares transposed in registers. Of fewer than L
+   the last is taken again; what is too much of a row is written over by the next one, but for the last of a square. */
+typedef f f_stored __attribute__((aligned(sizeof(stored)), may_alias));
+INLINE void pack_square(const stored *x, long apart, const long n, long k, const long width, cell *out) {
+    for (; k >= L * UNIT; k -= L * UNIT, x += L * UNIT, out += L * width) {
+        f v[L];
+        #pragma GCC unroll 16
+        for (long j = 0; j < L; j++) v[j] = *(const f_stored *)(x + least(j, n - 1) * apart);
+        transpose(v);
+        #pragma GCC unroll 16
+        for (long j = 0; j < L - 1; j++) *(f_stored *)(out + j * width) = v[j];
+        __builtin_memcpy(out + (L - 1) * width, &v[L - 1], n * sizeof *out);
     }
     for (; k > 0; k -= UNIT, x += UNIT, out += width)
-        for (int l = 0; l < 4; l++) out[l] = cell_at(x + l * apart, 1, k);
+        for (long j = 0; j < n; j++) out[j] = cell_at(x + j * apart, 1, k);
 }
 
 /* Cells that lie along the rows of memory, `width` of them. */
@@ -166,6 +159,9 @@ INLINE void pack_row(const stored *x, long step, long k, long width, cell *out) 
 #endif
 }
 
+/* `count` vectors, `apart` each other, their elements `step` apart, into panels of `width`: first the first cells of
+   `width` vectors, then their second, ... up to k numbers. Panels are `depth` cells deep, of which these are a part. The
+   last panel is filled up with zeros, and so is the last cell. */
 INLINE void pack_panels(const stored *x, long apart, long step, long count, long k, long width, long depth, cell *out) {
     long whole = count / width * width, n = count - whole;
     if (apart == 1)
@@ -179,9 +175,8 @@ INLINE void pack_panels(const stored *x, long apart, long step, long count, long
         for (long i = 0; i < whole; i += width) {
             const stored *from = x + i * apart;
             cell *to = out + i * depth;
-            if (step == 1 && width >= 4)
-                for (long l = 0; l < width; l += 4) /* the last four may overlap */
-                    pack_four(from + least(l, width - 4) * apart, apart, k, width, to + least(l, width - 4));
+            if (step == 1)
+                for (long l = 0; l < width; l += L) pack_square(from + l * apart, apart, least(L, width - l), k, width, to + l);
             else
                 for (long j = 0; j < k; j += UNIT, to += width)
                     for (long l = 0; l < width; l++) to[l] = cell_at(from + l * apart + j * step, step, k - j);
