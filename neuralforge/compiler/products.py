@@ -1,5 +1,5 @@
 """Matrix products: ATen's (MKL; oneDNN for bfloat16), oneDNN's or our own, whichever was faster for this shape on this
-machine.
+machine; ours where it is about as fast.
 
 None is best everywhere: MKL reaches 85 % of the peak on Intel's processors, 80 % on AMD's with AVX2 and 40 % on those
 with AVX-512; oneDNN 50 to 75 %, and over 90 % on the last. The choice is timed once for each shape and layout, near
@@ -31,6 +31,9 @@ NEAR = 4
 """A product that differs from a timed one in one length alone, at most so many times, takes over its choice."""
 LONGEST = 1024
 """Rows, columns and summands that products are timed with at most: more take longer, but no other kernel is the fastest."""
+CLEARLY = 1.08
+"""So many times as fast has another library to be as our kernel, which needs no copies of its results, and whose operands may lie
+anywhere: in a program, where they come from memory, others lose 3 to 10 % of what they reach on operands in a cache."""
 PIECE = 1024
 """Rows of oneDNN's products that are made at once, and copied while the cache still holds them."""
 _NUMBER = re.compile(r"\d+")
@@ -181,8 +184,13 @@ def _fastest(
     (rows, inner, columns), (m, k, n) = _sizes(*args[-2:]), _sizes(a, b)
     whole = {name: t * rows * inner * columns / (m * k * n) for name, t in best.items()}
     return {
-        "choice": min(best, key=best.__getitem__), "seconds": whole, "copy": min(copy) * rows * columns / (m * n),
+        "choice": chosen(best), "seconds": whole, "copy": min(copy) * rows * columns / (m * n),
     }  # fmt: skip
+
+
+def chosen(seconds: dict[str, float]) -> str:
+    """Whose products are used, by what they take."""
+    return min(seconds, key=lambda name: seconds[name] / (CLEARLY if name == "own" else 1))
 
 
 def _neighbour(timed: dict[str, Any], key: str) -> dict[str, Any] | None:

@@ -128,3 +128,9 @@ def test_times_are_those_of_the_whole_product(monkeypatch):
     (product,) = captured.graph.equations
     found = products._fastest({"aten": product.op}, product.args, {})
     assert found == {"choice": "aten", "seconds": {"aten": 24.0}, "copy": 8.0}
+
+
+def test_ours_unless_another_is_clearly_faster():
+    assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.05}) == "own"
+    assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.2}) == "onednn"
+    assert products.chosen({"aten": 1.0, "onednn": 2.0}) == "aten"
