@@ -106,9 +106,7 @@ def _constants_apart(graph: Graph) -> Graph:
         for v in dict.fromkeys(v for v in eq.inputs if v in filled and role(eq) is not None):
             fill, env[v] = filled[v], Value(f"{v.name}_own{next(names)}", v.fake)
             equations.append(Equation(fill.op, fill.args, fill.kwargs, env[v], fill.source, fill.origin))
-        if env:
-            eq = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
-        equations.append(eq)
+        equations.append(eq.reading(env))
     return dead_code(graph.replace(equations=equations))
 
 
@@ -480,10 +478,7 @@ def _fused_equation(group: Group, used_outside: set[Value]) -> Equation:
     for eq in group.equations:
         for v in eq.inputs:
             inside(v)
-        if any(v in env for v in eq.inputs):
-            args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
-            eq = Equation(eq.op, args, kwargs, eq.outputs, eq.source, eq.origin)
-        equations.append(eq)
+        equations.append(eq.reading(env))
     inner = Graph(inputs=inputs, equations=equations, outputs=list(outputs))
     last = group.equations[-1]
     return Equation(Fused([inner], group.why()), tuple(inputs), {}, tuple(outputs), last.source, "fuse")

@@ -120,12 +120,7 @@ class _Sink:
         own_views = [again(eq) for eq in views]
         own_views += [again(eq) for eq in group.views if eq.args[0] in env]
         env = {x: y for x, y in env.items() if x is v or any(x in eq.results for eq in (*views, *group.views))}
-        members = {
-            eq: Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
-            if any(x in env for x in eq.inputs)
-            else eq
-            for eq in group.equations
-        }
+        members = {eq: eq.reading(env) for eq in group.equations}
         trial = group.rebuilt([*copies, *members.values()], [*group.views, *own_views])
         return None if trial is None else (trial, copies, members)
 

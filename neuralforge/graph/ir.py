@@ -24,18 +24,14 @@ DTYPE_NAMES = {
 
 
 class Value:
-    """One tensor in a graph. `fake` carries its shape, dtype, strides and device; `name` is unique in its graph."""
+    """One tensor in a graph. `fake` carries its shape, dtype, strides and device, which are asked for again and again, and so
+    kept here too; `name` is unique in its graph."""
 
-    __slots__ = ("name", "fake")
+    __slots__ = ("name", "fake", "shape", "strides", "dtype", "device")
 
     def __init__(self, name: str, fake: torch.Tensor):
-        self.name = name
-        self.fake = fake
-
-    shape = property(lambda self: self.fake.shape)
-    dtype = property(lambda self: self.fake.dtype)
-    strides = property(lambda self: self.fake.stride())
-    device = property(lambda self: self.fake.device)
+        self.name, self.fake = name, fake
+        self.shape, self.strides, self.dtype, self.device = fake.shape, fake.stride(), fake.dtype, fake.device
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +50,8 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Equation:
-    """`outputs = op(*args, **kwargs)`. `op` is a torch operator overload, or a callable that holds a `graph`."""
+    """`outputs = op(*args, **kwargs)`. `op` is a torch operator overload, or a callable that holds a `graph`. Never changed
+    once made: graphs share equations."""
 
     op: Callable[..., Any]
     args: tuple
@@ -65,25 +62,19 @@ class Equation:
     origin: str = ""
     """What made it when it isn't the user's own call: `vjp of aten.mul`, `recomputed`, `fuse`."""
 
-    _inputs: tuple = field(default=(None, None, ()), init=False, repr=False)  # args, kwargs, the values in them
-    _results: tuple = field(default=(None, ()), init=False, repr=False)
+    inputs: tuple[Value, ...] = field(init=False, repr=False)
+    """The values read, in order, repeats included."""
+    results: tuple[Value, ...] = field(init=False, repr=False)
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        """The values read, in order, repeats included."""
-        args, kwargs, found = self._inputs
-        if args is not self.args or kwargs is not self.kwargs:
-            found = (*leaves(self.args), *leaves(self.kwargs))
-            self._inputs = (self.args, self.kwargs, found)
-        return found
+    def __post_init__(self) -> None:
+        self.inputs, self.results = (*leaves(self.args), *leaves(self.kwargs)), tuple(leaves(self.outputs))
 
-    @property
-    def results(self) -> tuple[Value, ...]:
-        outputs, found = self._results
-        if outputs is not self.outputs:
-            found = tuple(leaves(self.outputs))
-            self._results = (self.outputs, found)
-        return found
+    def reading(self, env: dict[Value, Any]) -> Equation:
+        """The equation with each Value it reads replaced by what `env` holds for it; itself where `env` has none of them."""
+        if env.keys().isdisjoint(self.inputs):
+            return self
+        args, kwargs = substitute(self.args, env), substitute(self.kwargs, env)
+        return Equation(self.op, args, kwargs, self.outputs, self.source, self.origin)
 
     @property
     def name(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -14,27 +15,25 @@ def verify(graph: Graph, types: bool = False) -> Graph:
 
     With `types`, every operator is also re-run on fake tensors and its results compared with the recorded types.
     """
-    defined: set[Value] = set()
-    names: set[str] = set()
-
-    def define(value: Value, where: Any) -> None:
-        assert value not in defined, f"{value.typed} is defined twice, again in: {where!r}"
-        assert value.name not in names, f"two values are named {value.name}, the second in: {where!r}"
-        defined.add(value)
-        names.add(value.name)
-
-    for value in (*graph.inputs, *graph.constants):
-        define(value, "the inputs")
+    defined: set[Value] = {*graph.inputs, *graph.constants}
+    count = len(graph.inputs) + len(graph.constants)
+    assert len(defined) == count, "an input or a constant is defined twice"
     for eq in graph.equations:
-        for value in eq.inputs:
-            assert value in defined, f"{value.name} is used before it is defined, in: {eq!r}"
-        for value in eq.results:
-            define(value, eq)
+        assert defined.issuperset(eq.inputs), f"{_missing(eq.inputs, defined)} is used before it is defined, in: {eq!r}"
+        defined.update(eq.results)
+        count += len(eq.results)
+        assert len(defined) == count, f"a result is defined twice, again in: {eq!r}"
         if types:
             _check_types(eq)
-    for value in leaves(graph.outputs):
-        assert value in defined, f"the output {value.name} is never defined"
+    outputs = leaves(graph.outputs)
+    assert defined.issuperset(outputs), f"the output {_missing(outputs, defined)} is never defined"
+    names = Counter([value.name for value in defined])
+    assert len(names) == count, f"two values are named {names.most_common(1)[0][0]}"
     return graph
+
+
+def _missing(values: Iterable[Value], defined: set[Value]) -> Value:
+    return next(value for value in values if value not in defined)
 
 
 def _check_types(eq) -> None:

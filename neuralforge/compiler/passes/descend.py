@@ -29,7 +29,7 @@ def descend(graph: Graph) -> Graph:
     builder = Builder(graph)
     env: dict[Value, Any] = {}
     for eq in graph.equations:
-        eq = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+        eq = eq.reading(env)
         wanted = getattr(eq.op, "overloadpacket", None) in DESCENDING and not supported(eq)
         inside = _definition(eq) if wanted else None
         if inside is None:

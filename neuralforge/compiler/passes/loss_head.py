@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...graph.builder import Builder
-from ...graph.ir import Equation, Graph, Value, substitute
+from ...graph.ir import Equation, Graph, Value
 from ...kernels import linear_cross_entropy as kernel
 from .narrow import converts
 from .patterns import Program
@@ -154,10 +154,5 @@ def _replaced(graph: Graph, head: _Head) -> Graph:
             env.update((eq.outputs, new) for eq in head.wide if eq.args[0] is old.outputs)
         for old in head.db:
             env[old.outputs] = builder.emit(aten.view.default, db, list(old.outputs.shape), **made)
-    equations = [
-        Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
-        if any(v in env for v in eq.inputs)
-        else eq
-        for eq in builder.equations
-    ]
+    equations = [eq.reading(env) for eq in builder.equations]
     return graph.replace(equations=equations, outputs=[env.get(v, v) if isinstance(v, Value) else v for v in graph.outputs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ def common_subexpressions(graph: Graph) -> Graph:
 
     def reuse(eq: Equation) -> Any:
         if is_random(eq.op) or eq.origin.startswith("recomputed"):
-            return None
-        key = (eq.op, _key(eq.args), _key(tuple(sorted(eq.kwargs.items()))))
-        return seen.setdefault(key, eq.outputs) if key not in seen else seen[key]
+            return eq
+        first = seen.setdefault((eq.op, _key(eq.args), _key(tuple(sorted(eq.kwargs.items())))), eq)
+        return eq if first is eq else first.outputs
 
-    return rewrite(graph, lambda eq: None if (found := reuse(eq)) is eq.outputs else found)
+    return rewrite(graph, reuse)
 
 
 def simplify(graph: Graph) -> Graph:
@@ -43,54 +44,51 @@ def simplify(graph: Graph) -> Graph:
     collapse chains of views."""
     producers: dict[Value, Equation] = {}
 
-    def identity(eq: Equation) -> Any:
-        replacement = _simpler(eq, producers)
-        if replacement is None:
-            producers.update((v, eq) for v in eq.results)
-        return replacement
+    def simpler(eq: Equation) -> Any:
+        found = _simpler(eq, producers)
+        if isinstance(found, Equation):
+            producers.update((v, found) for v in found.results)
+        return found
 
-    return rewrite(graph, identity)
+    return rewrite(graph, simpler)
 
 
-def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Any:
-    """A value equal to the result of `eq`; or None, after perhaps making `eq` read from further back."""
+def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Value | Equation:
+    """A value equal to the result of `eq`, or an equation for it, which may be `eq` and may read from further back."""
     if not isinstance(eq.outputs, Value) or not eq.args or not isinstance(eq.args[0], Value):
-        return None
-    op, x, y = eq.op, eq.args[0], eq.outputs
-    packet = getattr(op, "overloadpacket", None)
+        return eq
+    x, y = eq.args[0], eq.outputs
+    packet = getattr(eq.op, "overloadpacket", None)
     if packet in _IDENTITIES:
         return x
     if packet in _CONSTANTS and y.fake.is_contiguous():  # they look at their argument for its type only
         value = eq.args[1] if packet in (aten.fill, aten.full_like) else _CONSTANTS[packet]
-        if not isinstance(value, Value):
-            eq.op, eq.args = aten.full.default, (list(y.shape), value)
-            eq.kwargs = {"dtype": y.dtype, "device": y.device}
-        return None
+        if isinstance(value, Value):
+            return eq
+        return replace(eq, op=aten.full.default, args=(list(y.shape), value), kwargs={"dtype": y.dtype, "device": y.device})
     if packet in _COPIES and _same(x, y):
         return x
     if packet in (aten._unsafe_view, aten.reshape):
         if packet is aten.reshape and not _viewable(x, y):
-            return None
-        eq.op, packet = aten.view.default, aten.view
+            return eq
+        eq, packet = replace(eq, op=aten.view.default), aten.view
     if packet in _VIEWS and _same(x, y):
         return x
     before = producers.get(x)
     if before is None:
-        return None
+        return eq
     if packet is aten.view and before.op is aten.view.default:
         source = before.args[0]
         if _same(source, y):
             return source
-        if _viewable(source, y):
-            eq.args = (source, *eq.args[1:])
-        return None
+        return replace(eq, args=(source, *eq.args[1:])) if _viewable(source, y) else eq
     if packet in _TRANSPOSES and getattr(before.op, "overloadpacket", None) in _TRANSPOSES:
         source = before.args[0]
         order = _compose(_order(before), _order(eq))
         if order == sorted(order):
             return source
-        eq.op, eq.args = aten.permute.default, (source, order)
-    return None
+        return replace(eq, op=aten.permute.default, args=(source, order))
+    return eq
 
 
 _CONSTANTS = {aten.fill: None, aten.full_like: None, aten.zeros_like: 0, aten.ones_like: 1}
@@ -129,15 +127,15 @@ def _compose(first: list[int], second: list[int]) -> list[int]:
 
 
 def rewrite(graph: Graph, fn: Callable[[Equation], Any]) -> Graph:
-    """Go through the equations in order; where `fn(eq)` returns a tree of earlier values shaped like the outputs,
-    drop the equation and use those. `fn` sees equations with earlier replacements made, and may change them."""
+    """Go through the equations in order, with earlier replacements made; `fn(eq)` returns the equation to have there, or a
+    tree of earlier values shaped like the outputs, which are used instead."""
     env: dict[Value, Any] = {}
     kept = []
     for eq in graph.equations:
-        eq = Equation(eq.op, substitute(eq.args, env), substitute(eq.kwargs, env), eq.outputs, eq.source, eq.origin)
+        eq = eq.reading(env)
         replacement = fn(eq)
-        if replacement is None:
-            kept.append(eq)
+        if isinstance(replacement, Equation):
+            kept.append(replacement)
         else:
             env.update(zip(leaves(eq.outputs), leaves(replacement)))
     return graph.replace(equations=kept, outputs=substitute(graph.outputs, env))
