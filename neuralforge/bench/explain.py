@@ -15,10 +15,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ..compiler.attention import attention_flops
 from ..compiler.buckets import Bucketed
-from ..compiler.column_sums import ProductAndSums
 from ..compiler.compiled import Compiled
 from ..compiler.cost import cost, total
-from ..compiler.epilogue import Product
 from ..compiler.fuse import Fused
 from ..compiler.jit import Jit
 from ..compiler.passes.rewrites import Rewrite, Rewrites
@@ -123,12 +121,7 @@ class Explanation:
             runs = "fused C" if eq in program.kernels else "its operators one by one"
         else:
             home = getattr(getattr(kernel, "run", None), "__module__", "")
-            own = (
-                home.startswith(__package__.partition(".")[0] + ".kernels")
-                or "attention" in home
-                or "products" in home
-                or isinstance(eq.op, (Product, ProductAndSums))
-            )
+            own = any(name in home for name in (".kernels.", "attention", "products", "epilogue", "prologue", "column_sums"))
             runs = "our kernel" if own else "ATen"
         return Row(eq.name, eq.source, runs, why(eq, self._limited), c.flops, c.bytes, predicted(eq))
 
@@ -240,7 +233,7 @@ def ranked(rows: list[Row]) -> list[Row]:
 
 def why(eq: Equation, limited: bool = False) -> str:
     """How a fused group came about, or why an equation is in none. `limited`: as many rewrites were made as may be."""
-    if isinstance(eq.op, (Fused, Product, ProductAndSums)):
+    if hasattr(eq.op, "why"):
         return eq.op.why
     if role(eq) is not None and limited:
         return "not fused: max_rewrites allows no more"
@@ -271,11 +264,18 @@ def product_peak(dtype: torch.dtype = torch.float32) -> float:
     return max(peak, rates(torch.bfloat16)[0] / 6) if dtype == torch.float32 and has_amx() else peak
 
 
+def multiplied(eq: Equation) -> torch.dtype:
+    """In which type it computes: that of the factors, if it is a product with others joined to it."""
+    while hasattr(eq.op, "product"):
+        eq = eq.op.product
+    return eq.inputs[0].dtype if eq.inputs else torch.float32
+
+
 def predicted(eq: Equation) -> float:
     """Seconds by the roofline: as long as its arithmetic takes at the measured peak or its memory traffic at the measured
     bandwidth, whichever is longer. Data that a cache holds moves faster than that."""
     c = cost(eq)
-    dtype = eq.inputs[0].dtype if eq.inputs else torch.float32
+    dtype = multiplied(eq)
     peak, stream = rates(dtype)
     if isinstance(eq.op, Fused):  # few of its operations are multiply-adds, and some cost many additions
         work = sum(

@@ -88,12 +88,9 @@ def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]
 
     def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
         nonlocal checked, last
-        if not checked:  # an operator may lay out its result otherwise than its fake one did
+        if not checked:
             given = inputs
-            inputs = tuple(
-                t if (tuple(t.shape), t.stride()) == e else torch.empty_strided(*e, dtype=t.dtype).copy_(t)
-                for t, e in zip(given, expected)
-            )
+            inputs = as_planned(given, expected)
             checked = all(a is b for a, b in zip(given, inputs))
         at = [t.data_ptr() for t in inputs] + [t.data_ptr() for t in outputs]
         known, pointers = last
@@ -103,6 +100,15 @@ def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]
         function(pointers, sizes, count)
 
     return run
+
+
+def as_planned(tensors: tuple, expected: list[tuple[tuple, tuple]]) -> tuple:
+    """The tensors with these sizes and strides, copies where need be: an operator may lay out its result otherwise than its
+    fake one did."""
+    return tuple(
+        t if (tuple(t.shape), t.stride()) == e else torch.empty_strided(*e, dtype=t.dtype).copy_(t)
+        for t, e in zip(tensors, expected)
+    )
 
 
 def sizes_and_strides(layout: Layout) -> list[int]:
@@ -127,11 +133,17 @@ def source(layout: Layout) -> str:
 def epilogue_source(layout: Layout, tile: int) -> str:
     """The C function, named KERNEL, that has a product computed (`kernels/matmul`) and does what the group does to each of
     its tiles: operand number `tile` is the product, which is never in memory as a whole."""
-    return _Writer(layout, tile).epilogue()
+    return _Writer(layout, f"x{tile}").epilogue()
+
+
+def prologue_source(layout: Layout) -> str:
+    """The C function, named KERNEL, that makes part of the group's only result, as a product packs it."""
+    return _Writer(layout, "y0").prologue()
 
 
 class _Writer:
-    def __init__(self, layout: Layout, tile: int | None = None):
+    def __init__(self, layout: Layout, tile: str = ""):
+        """`tile`: the name of what isn't in memory but in a tile that is given."""
         self.layout = layout
         self.tile = tile
         self.last = len(layout.sizes) - 1
@@ -226,8 +238,22 @@ void KERNEL(void **all_pointers, const long *all_sizes, void (*product)(), void 
     const long *sizes = all_sizes, start[] = {{0, blocks}}, column_start[] = {{0}}, parts = 1;
     char *sums = {sums};
     struct KERNEL_context context = {{all_pointers, sizes, sums}};
-    product(operands[0], operands[1], operands[2], (void *)0, numbers, KERNEL_tile, &context, (void *)0);
+    product(operands[0], operands[1], operands[2], (void *)0, numbers, KERNEL_tile, &context, (void *)0, operands[3], operands[4]);
     {self._finish(f"long rows = {rows}, n{last} = sizes[{last}];")}
+}}
+"""
+
+    def prologue(self) -> str:
+        head, place = self._parameters()
+        line, deep = "\n    ", "\n        "
+        return f"""
+void KERNEL(void **pointers, const long *sizes, void *tile, long stride, long first, long height, long begin, long count) {{
+    {line.join(head)}
+    for (long row = first; row < first + height; row++) {{
+        {deep.join(place)}
+        {deep.join(self._start_of_row())}
+        {deep.join(self._row())}
+    }}
 }}
 """
 
@@ -272,7 +298,7 @@ void KERNEL(void **all_pointers, const long *all_sizes, void (*product)(), void 
             offset = "".join(f" + i{k} * {name}_{k}" for k in range(last))
             offset += ("", " + begin", f" + begin * {name}_{last}")[inner]
             c = STORED[dtype][1]
-            if self.tile is not None and name == f"x{self.tile}":
+            if name == self.tile:
                 place.append(f"{c} *{name} = ({c} *)tile + (row - first) * stride;")
                 continue
             place.append(f"{c} *{name} = ({c} *)pointers[{at}]{offset};")

@@ -30,21 +30,22 @@ class ProductAndSums:
 
     def __init__(self, product: Equation, total: Equation):
         inputs = list(dict.fromkeys([*product.inputs, *total.inputs]))
+        self.product = product
         self.graph = Graph(inputs=inputs, equations=[product, total], outputs=[product.outputs, total.outputs])
 
     def __call__(self, *tensors: torch.Tensor) -> tuple:
         return tuple(self.graph(*tensors))
 
     def bind(self) -> Kernel:
-        product, places = self.graph.equations[0], self.graph.inputs
+        product, places = self.product, self.graph.inputs
         a, b = (places.index(v) for v in product.args)
         shape, K = tuple(product.outputs.shape), product.args[0].shape[1]
         scratch = matmul.scratch_bytes(shape, K, product.outputs.dtype, sums=True)
 
-        def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
-            matmul.forward(outputs[:1], (inputs[a], inputs[b]), {}, sums=outputs[1])
+        def run(outputs: tuple, inputs: tuple, kwargs: dict, prologues: matmul.Prologues = matmul.NONE) -> None:
+            matmul.forward(outputs[:1], (inputs[a], inputs[b]), {}, sums=outputs[1], prologues=prologues)
 
-        return Kernel(run, scratch=lambda eq: scratch)
+        return Kernel(run, scratch=lambda eq: scratch, takes_prologues=True)
 
 
 def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:

@@ -21,7 +21,8 @@ from .kernels import claim
 from .passes.rewrites import Rewrites
 from .pipeline import optimise, without_autocast
 from .products import choose_products
-from .remat import rematerialise
+from .prologue import join_prologues
+from .remat import built, rematerialise
 
 
 class Compiled:
@@ -49,6 +50,9 @@ class Compiled:
             graph, summed = join_column_sums(graph, products)
         kernels |= joined | summed
         graph, kernels = rematerialise(graph, kernels, given, memory_budget)
+        with rewrites.noting():
+            graph, made = join_prologues(graph, kernels)
+        kernels = built(graph, kernels | made)
         self.graph = graph
         give_pages_back()  # what compiling took, and timing, would count for the whole run
         self.program = Program(graph, kernels, given, arena)

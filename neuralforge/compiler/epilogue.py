@@ -15,7 +15,7 @@ from ..errors import KernelError
 from ..graph import verify
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from ..kernels import matmul
-from .codegen import epilogue_source, functions, sizes_and_strides
+from .codegen import as_planned, epilogue_source, functions, sizes_and_strides
 from .fuse import LOOKED_THROUGH, Fused
 from .kernels import Kernel
 from .layout import Layout
@@ -73,22 +73,19 @@ class Product:
         at = {v: i for i, v in enumerate([*inputs, *outputs])}
         read = [at.get(v) for v, _ in self.layout.operands] + [at[r.value] for r in self.layout.results]
         own = [at[a], at[b], None if bias is None else at[bias]]
-        pointers, operands = ctypes.c_void_p * len(read), ctypes.c_void_p * 3
+        pointers, operands = ctypes.c_void_p * len(read), ctypes.c_void_p * 5
         core, blocks = ctypes.cast(matmul.entry(a.dtype), ctypes.c_void_p), matmul.blocks(a.shape[0], a.dtype)
         function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_long], None
         expected = [(tuple(v.shape), tuple(v.strides)) for v in inputs]
 
-        def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
-            inputs = tuple(
-                t if (tuple(t.shape), t.stride()) == e else torch.empty_strided(*e, dtype=t.dtype).copy_(t)
-                for t, e in zip(inputs, expected)
-            )
-            where = [t.data_ptr() for t in (*inputs, *outputs)]
+        def run(outputs: tuple, inputs: tuple, kwargs: dict, prologues: matmul.Prologues = matmul.NONE) -> None:
+            where = [t.data_ptr() for t in (*as_planned(inputs, expected), *outputs)]
             find = lambda places: [None if i is None else where[i] for i in places]
-            function(pointers(*find(read)), sizes, core, operands(*find(own)), numbers, blocks)
+            made = [p and ctypes.addressof(p) for p in prologues]
+            function(pointers(*find(read)), sizes, core, operands(*find(own), *made), numbers, blocks)
 
         scratch = matmul.scratch_bytes(tuple(self.product.outputs.shape), a.shape[1], a.dtype, epilogue=True)
-        return Kernel(run, self.may_overwrite, scratch=lambda eq: scratch)
+        return Kernel(run, self.may_overwrite, scratch=lambda eq: scratch, takes_prologues=True)
 
 
 def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:

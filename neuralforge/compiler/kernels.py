@@ -34,6 +34,8 @@ class Kernel:
     """Can it run this equation of its operator?"""
     scratch: Callable[[Equation], int] = lambda eq: 0
     """Bytes that it allocates for a while beside its outputs."""
+    takes_prologues: bool = False
+    """Is it our matrix product? `run` then also takes `prologues`, which make its factors."""
     library: str = ""
     """Whose code it calls, where that is neither ours nor ATen's."""
 

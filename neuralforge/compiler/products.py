@@ -77,10 +77,14 @@ def own(eq: Equation) -> Kernel | None:
     if not matmul.available(eq.outputs.dtype):
         return None
     if eq.op in (aten.mm.default, aten.bmm.default):
-        return Kernel(matmul.forward, scratch=_packed)
+        return Kernel(matmul.forward, scratch=_packed, takes_prologues=eq.op is aten.mm.default)
     if eq.op is aten.addmm.default and eq.args[0].shape == eq.outputs.shape[1:]:
-        return Kernel(lambda outputs, args, kwargs: matmul.forward(outputs, (args[1], args[2], args[0]), kwargs), scratch=_packed)
+        return Kernel(_with_bias, scratch=_packed, takes_prologues=True)
     return None
+
+
+def _with_bias(outputs: tuple, args: tuple, kwargs: dict, prologues: matmul.Prologues = matmul.NONE) -> None:
+    matmul.forward(outputs, (args[1], args[2], args[0]), kwargs, prologues=prologues)
 
 
 def _packed(eq: Equation) -> int:

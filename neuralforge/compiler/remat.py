@@ -50,15 +50,22 @@ class Step:
 def rematerialise(
     graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value], budget: int | None
 ) -> tuple[Graph, dict[Equation, Kernel]]:
-    """A graph of the same results whose planned peak is at most `budget` bytes, and its kernels; without a budget, as
-    low as recomputing for `FRUGAL` of the program's time brings it. `kernels` and `donated` are what the memory plan
+    """A graph of the same results whose planned peak is at most `budget` bytes, and its kernels, of which those of parts of
+    groups that run again aren't built yet (`built`); without a budget, as low as recomputing for `FRUGAL` of the program's time brings it. `kernels` and `donated` are what the memory plan
     depends on. Raises MemoryBudgetError, telling the smallest budget that can be met."""
     search = _Search(graph, kernels, donated)
     if budget is None:
         search.save_what_is_cheap()
     else:
         search.fit(budget)
-    return search.graph, search.built()
+    return search.graph, search.kernels
+
+
+def built(graph: Graph, kernels: dict[Equation, Kernel]) -> dict[Equation, Kernel]:
+    """The kernels of the graph, with code for the parts of groups that run again."""
+    late = [eq for eq in graph.equations if eq in kernels and kernels[eq].run is _unbuilt]
+    ready = {eq: kernels[eq] for eq in graph.equations if eq in kernels and eq not in late}
+    return ready | claim_fused(late)
 
 
 class _Search:
@@ -111,12 +118,6 @@ class _Search:
             plan = self._planned(verify(trial))
             if plan.peak_bytes < self.plan.peak_bytes:
                 self.graph, self.plan = trial, plan
-
-    def built(self) -> dict[Equation, Kernel]:
-        """The kernels, with code for the parts of groups that run again."""
-        late = [eq for eq in self.graph.equations if eq in self.kernels and self.kernels[eq].run is _unbuilt]
-        ready = {eq: self.kernels[eq] for eq in self.graph.equations if eq in self.kernels and eq not in late}
-        return ready | claim_fused(late)
 
     def _candidates(self, eq: Equation) -> list[Equation]:
         """The equation, and what makes single ones of its results."""

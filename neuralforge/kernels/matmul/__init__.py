@@ -96,17 +96,33 @@ def native(*operands: torch.Tensor | None) -> bool:
     return all(t.dtype == given[0].dtype and t.device.type == "cpu" for t in given) and available(given[0].dtype)
 
 
-def forward(outputs: tuple, args: tuple, kwargs: dict, add: bool = False, sums: torch.Tensor | None = None) -> None:
+class Prologue(ctypes.Structure):
+    """What makes an operand, a matrix that is contiguous or the transpose of one, as it is packed: C code of `prologue_source`
+    (`compiler/codegen.py`), and what it takes; an address `ahead` of which memory of as many numbers of `size` bytes is read."""
+
+    _fields_ = [("make", ctypes.c_void_p), ("pointers", ctypes.c_void_p), ("sizes", ctypes.c_void_p), ("ahead", ctypes.c_void_p), ("size", long)]
+
+
+Prologues = tuple[Prologue | None, Prologue | None]
+"""Of both factors."""
+NONE: Prologues = (None, None)
+
+
+def forward(
+    outputs: tuple, args: tuple, kwargs: dict, add: bool = False, sums: torch.Tensor | None = None, prologues: Prologues = NONE
+) -> None:
     """The C code into a preallocated output [M, N] or [B, M, N] of any strides; or `add` to it, without a bias. `sums` of the
-    rows of `a`, float32 [M]: of matrices, into an output that is contiguous along its rows."""
+    rows of `a`, float32 [M]: of matrices, into an output that is contiguous along its rows. An operand that has a prologue
+    tells shape and strides only."""
     (a, b, bias), (out,) = (*args, None)[:3], outputs
     if out.stride(-1) != 1 and out.shape[-1] > 1 and (out.stride(-2) == 1 and bias is None):
-        a, b, out = b.mT, a.mT, out.mT  # (A B)^T = B^T A^T
+        a, b, out, prologues = b.mT, a.mT, out.mT, prologues[::-1]  # (A B)^T = B^T A^T
     direct = (out.stride(-1) == 1 or out.shape[-1] <= 1) and not (add and out.dtype == torch.bfloat16)
     c = out if direct else torch.empty(out.shape, dtype=out.dtype)
     bias = bias if bias is None else bias.contiguous()
     numbers = layout(a, b, c, add and direct)
-    entry(a.dtype)(pointer(a), pointer(b), pointer(bias), pointer(c), numbers, None, None, pointer(sums))
+    made = [p and ctypes.addressof(p) for p in prologues]
+    entry(a.dtype)(pointer(a), pointer(b), pointer(bias), pointer(c), numbers, None, None, pointer(sums), *made)
     if not direct:
         out.add_(c) if add else out.copy_(c)
 
@@ -126,10 +142,11 @@ def entry(dtype: torch.dtype) -> ctypes._CFuncPtr:
 
 @cache
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.matmul.argtypes, library.matmul.restype = [ctypes.c_void_p] * 8, None
+    library.matmul.argtypes, library.matmul.restype = [ctypes.c_void_p] * 10, None
     library.matmul_blocks.argtypes, library.matmul_blocks.restype = [long], long
     library.matmul_columns.restype = long
     library.matmul_scratch.argtypes, library.matmul_scratch.restype = [long] * 6, long
+    library.matmul_flat.argtypes, library.matmul_flat.restype = [long] * 4, long
     return library
 
 
@@ -142,6 +159,12 @@ def scratch_bytes(shape: tuple[int, ...], K: int, dtype: torch.dtype, epilogue: 
     """What a product of that `shape`, of K numbers each, allocates for a while; with an epilogue, or sums of rows."""
     batch = shape[0] if len(shape) == 3 else 1
     return _declared(_NATIVE[dtype].library).matmul_scratch(batch, *shape[-2:], K, epilogue, sums)
+
+
+def times_packed(M: int, N: int, dtype: torch.dtype, epilogue: bool = False, sums: bool = False) -> tuple[int, int]:
+    """How often the numbers of the left and of the right factor are packed, and so made by a prologue."""
+    flat, columns = _declared(_NATIVE[dtype].library).matmul_flat(M, N, epilogue, sums), most_columns(dtype)
+    return (1, -(-M // columns)) if flat else (-(-N // columns), 1)
 
 
 def most_columns(dtype: torch.dtype) -> int:

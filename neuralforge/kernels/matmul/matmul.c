@@ -10,6 +10,7 @@
 #define DEEP 3072                  /* of so much of k, if it can't be of all */
 #define MOST ((MC + NR - 1) / NR * NR) /* rows or columns that a thread packs for itself */
 #define SERIAL 65536               /* multiplications that one thread does alone */
+#define MADE 128                   /* numbers along k that are made at once */
 
 /* A block of numbers, rows `down` apart; `padded` up to whole tiles of registers. */
 struct block { void *at; long down; int narrow, padded; };
@@ -51,14 +52,45 @@ static void *aligned(void **memory, long bytes) {
 /* What is done with a finished tile, rows x columns with rows `stride` apart, before it leaves the cache. `block` numbers
    the rows' blocks, of which there are matmul_blocks(M). */
 typedef void (*epilogue)(void *context, stored *tile, long stride, long block, long row, long rows, long column, long columns);
+/* What makes an operand that isn't in memory, a matrix with contiguous rows: `make` writes some of its rows and columns to a tile
+   with rows `stride` apart. Meanwhile the caches fetch from `ahead`, a matrix of the same shape, of numbers of `size` bytes. */
+struct prologue {
+    void (*make)(void **pointers, const long *sizes, stored *tile, long stride, long row, long rows, long column, long columns);
+    void **pointers;
+    const long *sizes;
+    const char *ahead;
+    long size;
+};
 /* Rows of a, or columns of b, `apart` each other, their numbers along k `step` apart; there are `count`, and pack_* takes them
-   `width` at a time. */
-struct operand { const stored *at; long apart, step, count, width; };
+   `width` at a time. Or they are made, and this is the part of them from number `first` and `deep` on. */
+struct operand { const stored *at; long apart, step, count, width; const struct prologue *made; long first, deep; };
+
+INLINE struct operand part_of(struct operand x, long from, long to, long k) {
+    if (x.made) x.first += from, x.deep += k;
+    else x.at += from * x.apart + k * x.step;
+    x.count = to - from;
+    return x;
+}
+
+/* `x`, k along the sum, made in `part`, its rows `stride` apart. */
+static struct operand made(struct operand x, long k, stored *part, long stride) {
+    const struct prologue *p = x.made;
+    if (x.step == 1) p->make(p->pointers, p->sizes, part, stride, x.first, x.count, x.deep, k);
+    else p->make(p->pointers, p->sizes, part, stride, x.deep, k, x.first, x.count);
+    return (struct operand){part, x.step == 1 ? stride : 1, x.step == 1 ? 1 : stride, x.count, x.width};
+}
 
 /* `x`, k along the sum, packed as a, or as b, into panels `depth` cells deep, of which this is a part. Are there special
    numbers in it? */
 static int pack(int as_a, struct operand x, long k, long depth, cell *out) {
-    return as_a ? pack_a(x.at, x.apart, x.step, x.count, k, depth, out) : pack_b(x.at, x.apart, x.step, x.count, k, depth, out);
+    if (!x.made)
+        return as_a ? pack_a(x.at, x.apart, x.step, x.count, k, depth, out) : pack_b(x.at, x.apart, x.step, x.count, k, depth, out);
+    stored part[MADE * MOST] __attribute__((aligned(64)));
+    int found = 0;
+    for (long j = 0; j < k; j += MADE)
+        found |= pack(as_a, made(part_of(x, 0, x.count, j), least(MADE, k - j), part, x.step == 1 ? MADE : MOST), least(MADE, k - j),
+                      depth, out + cells_of(j) * x.width);
+    return found;
 }
 
 /* A multiple of 4 where there are many, for threads to have equal shares. */
@@ -69,15 +101,13 @@ long matmul_columns(void) { return NC; }
 int omp_get_num_threads(void), omp_get_max_threads(void);
 struct tiles { stored *c; long ldc, add; epilogue finish; void *context; float *sums; };
 
-INLINE struct operand part_of(struct operand x, long from, long to, long k) {
-    x.at += from * x.apart + k * x.step, x.count = to - from;
-    return x;
-}
-
 /* Adds to c the products with what pack_a and pack_b left out, numbers that only ordinary arithmetic handles; k along the sum.
    After a NaN nothing else matters to its row or column, so that this is quick where nothing but NaN is left. */
 static void add_special(struct operand a, struct operand b, struct block to, long k) {
     float *c = to.at;
+    stored *made_a = a.made ? __builtin_malloc(a.count * k * sizeof(stored)) : 0, *made_b = b.made ? __builtin_malloc(b.count * k * sizeof(stored)) : 0;
+    if (a.made) a = made(a, k, made_a, a.step == 1 ? k : a.count);
+    if (b.made) b = made(b, k, made_b, b.step == 1 ? k : b.count);
     #define AT(x, i, p) ((x).at[(i) * (x).apart + (p) * (x).step])
     for (long i = 0; i < a.count; i++)
         for (long p = 0; p < k; p++) {
@@ -94,6 +124,8 @@ static void add_special(struct operand a, struct operand b, struct block to, lon
                 if (!special(AT(a, i, p))) c[i * to.down + j] += as_float(AT(a, i, p)) * as_float(y);
             if (as_float(y) != as_float(y)) break;
         }
+    __builtin_free(made_a);
+    __builtin_free(made_b);
 }
 
 /* sums[i] = the i-th vector's, begun anew or added to. */
@@ -180,8 +212,10 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
                         /* of this task, or of one that this thread may get next */
                         long then = begin + deeper, at = top;
                         if (block + deeper >= depth) then = k, at = least(rows - 1, rows * ((task + threads) % blocks) / blocks) * each.width;
-                        struct ahead next = {(char *)(each.at + at * each.apart + then * each.step), least(KC, K - then) * sizeof(stored), each.apart * sizeof(stored)};
-                        if (each.apart == 1) next.bytes = least(mine.count, each.count - at) * sizeof(stored), next.apart = each.step * sizeof(stored);
+                        const char *from = each.made ? each.made->ahead : (char *)each.at;
+                        long size = each.made ? each.made->size : sizeof(stored);
+                        struct ahead next = {from + (at * each.apart + then * each.step) * size, least(KC, K - then) * size, each.apart * size};
+                        if (each.apart == 1) next.bytes = least(mine.count, each.count - at) * size, next.apart = each.step * size;
                         cell *packed = shared + cells_of(block) * panels * all.width + left * high;
                         struct operand rows_here = flat ? theirs : mine, columns_here = flat ? mine : theirs;
                         tile(flat ? packed : own, flat ? own : packed, !flat, more ? sums.at : first ? first + column : 0,
@@ -205,14 +239,17 @@ long matmul_scratch(long batch, long M, long N, long K, long finish, long sums) 
     return batch < ALONE ? x.sums + x.shared + x.own * x.threads : (x.sums + x.shared + x.own) * omp_get_max_threads();
 }
 
+/* Is the operand that is packed once, by all threads, a? The other is packed once for each matmul_columns() vectors of it. */
+long matmul_flat(long M, long N, long finish, long sums) { return needs_of(M, N, 1, finish, sums).flat; }
+
 /* For each of `batch` products c (M x N, rows ldc apart) = a (M x K) b (K x N) + bias (N, or 0). The numbers are batch, M,
    N, K, and the distances in memory: of a from one to the next, down and across; so of b; of c from one to the next and
    down; and whether to add to what is in c, of floats, without a bias. With an epilogue (batch 1) there is no c. `sums` of
-   a's rows (batch 1), or 0. */
+   a's rows (batch 1, a in memory), or 0. What makes a and b (batch 1), or 0. */
 void matmul(const stored *a, const stored *b, const stored *bias, stored *c, const long *numbers, epilogue finish,
-            void *context, float *sums) {
+            void *context, float *sums, const struct prologue *made_a, const struct prologue *made_b) {
     const long *n = numbers;
-    #define ONE(i) one((struct operand){a + i * n[4], n[5], n[6], n[1], MR}, (struct operand){b + i * n[7], n[9], n[8], n[2], NR}, \
+    #define ONE(i) one((struct operand){a + i * n[4], n[5], n[6], n[1], MR, made_a}, (struct operand){b + i * n[7], n[9], n[8], n[2], NR, made_b}, \
         bias, (struct tiles){c + i * n[10], n[11], n[12], finish, context, sums}, n[3])
     if (n[0] < ALONE)
         for (long i = 0; i < n[0]; i++) ONE(i);
