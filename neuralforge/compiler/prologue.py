@@ -1,0 +1,226 @@
+"""Products with prologues: a fused group, or a cast, that makes a factor of products runs as they pack it, part by part, and the
+factor is never in memory: weights cast for autocast, activations computed again for the backward pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import KernelError
+from ..graph import verify
+from ..graph.ir import Equation, Graph, Value
+from ..graph.operators import draws
+from ..kernels import matmul
+from .codegen import as_planned, functions, prologue_source, sizes_and_strides
+from .column_sums import ProductAndSums
+from .epilogue import Product
+from .fuse import Fused
+from .kernels import Kernel
+from .layout import Layout
+from .passes.patterns import Program
+from .passes.rewrites import make
+from .plan import is_view
+from .pointwise import price
+from .products import product_operands
+from .space import contiguous, refine
+
+aten = torch.ops.aten
+
+AGAIN = 16
+"""Additions for each number, at most, that are made again because products pack a factor more than once: writing a number
+to memory and reading it takes longer."""
+
+
+@dataclass(eq=False)
+class Maker:
+    """`group`, an equation whose only result is the factor, laid out in `rows` of the factor's memory; `views` lead from it to
+    what the products read."""
+
+    group: Equation
+    layout: Layout
+    views: list[Equation]
+
+    def bind(self, function: ctypes._CFuncPtr, inputs: list[Value]) -> Callable[[tuple], matmul.Prologue]:
+        """Makes the prologue, from tensors laid out as `inputs`, of the compiled `prologue_source`."""
+        numbers = sizes_and_strides(self.layout)
+        sizes = (ctypes.c_long * len(numbers))(*numbers)
+        outside = dict(zip(self.group.op.graph.inputs, self.group.args))
+        read = [inputs.index(outside[v]) for v, _ in self.layout.operands]
+        whole = [i for i, (_, strides) in enumerate(self.layout.operands) if strides == self.layout.results[0].strides]
+        size = self.layout.operands[whole[0]][0].fake.element_size() if whole else 0
+        places, address = ctypes.c_void_p * len(read), ctypes.cast(function, ctypes.c_void_p).value
+
+        def prologue(tensors: tuple) -> matmul.Prologue:
+            at = [tensors[i].data_ptr() for i in read]
+            made = matmul.Prologue(address, 0, ctypes.addressof(sizes), at[whole[0]] if whole else 0, size)
+            made.kept = places(*at)
+            made.pointers = ctypes.addressof(made.kept)
+            return made
+
+        return prologue
+
+
+class Prologued:
+    """The operator of a product, which may have an epilogue, and of the groups that make its factors: called, it interprets
+    `graph`."""
+
+    def __init__(self, product: Equation, makers: dict[Value, Maker]):
+        self.product, self.makers = product, makers
+        self.name = "_".join(maker.group.op.name for maker in makers.values()) + "_into_" + product.name.removeprefix("aten.")
+        self.why = f"the product's prologue: {next(iter(makers.values())).group.op.why}"
+        steps = dict.fromkeys(eq for maker in makers.values() for eq in (maker.group, *maker.views))
+        inside = {v for eq in steps for v in eq.results}
+        inputs = dict.fromkeys(v for eq in (*steps, product) for v in eq.inputs if v not in inside)
+        self.graph = Graph(inputs=list(inputs), equations=[*steps, product], outputs=list(product.results))
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple:
+        return tuple(self.graph(*tensors))
+
+    def bind(self, kernel: Kernel, built: dict[str, Any]) -> Kernel:
+        """The kernel, given that of the product alone and the compiled sources."""
+        product, inputs = self.product, self.graph.inputs
+        prologues = [
+            self.makers[v].bind(built[prologue_source(self.makers[v].layout)], inputs) if v in self.makers else None
+            for v in factors(product)
+        ]
+        shapes = {v: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device="meta") for v in self.makers}
+        given = [shapes[v] if v in shapes else inputs.index(v) for v in product.args]
+        expected = [(tuple(v.shape), tuple(v.strides)) for v in inputs]
+        own = {v for maker in self.makers.values() for v in maker.group.inputs}
+
+        def run(outputs: tuple, tensors: tuple, kwargs: dict) -> None:
+            tensors = as_planned(tensors, expected)
+            args = tuple(tensors[x] if isinstance(x, int) else x for x in given)
+            kernel.run(outputs, args, kwargs, prologues=tuple(p and p(tensors) for p in prologues))
+
+        may_overwrite = lambda output, operand: operand not in own and kernel.may_overwrite(output, operand)
+        return Kernel(run, may_overwrite, scratch=lambda eq: kernel.scratch(product))
+
+
+def factors(product: Equation) -> tuple[Value, Value]:
+    """The two values that are multiplied, as the equation reads them."""
+    if not isinstance(product.op, (Product, ProductAndSums)):
+        return product_operands(product)[:2]
+    outside = dict(zip(product.op.graph.inputs, product.args))
+    a, b, _ = product_operands(product.op.product)
+    return outside[a], outside[b]
+
+
+def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph, dict[Equation, Kernel]]:
+    """Groups joined with the products that alone read what they make, and the kernels of these equations."""
+    program = Program(graph)
+    last = _last_reads(program)
+    makers: dict[Equation, dict[Value, Maker]] = {}
+    gone: set[Equation] = set()
+    for eq in graph.equations:
+        group = _group(eq)
+        readers = _readers(program, group.results[0], kernels) if group is not None else None
+        if not readers:
+            continue
+        found = _made(group, readers, program)
+        if found is None or _longer_kept(group, max(program.position[product] for product, _, _ in readers), program, last):
+            continue
+        if make("prologue", eq.source, group.op.why):
+            gone |= {eq, *(view for _, _, views in readers for view in views)}
+            for (product, v, _), maker in zip(readers, found):
+                makers.setdefault(product, {})[v] = maker
+    try:
+        built = functions(prologue_source(maker.layout) for each in makers.values() for maker in each.values())
+    except KernelError:  # the epilogues' code couldn't be built either, and that has been said
+        return graph, {}
+    made: dict[Equation, Kernel] = {}
+    equations: list[Equation] = []
+    for eq in graph.equations:
+        if eq in makers:
+            op = Prologued(eq, makers[eq])
+            new = Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), eq.source, "join_prologues")
+            made[new] = op.bind(kernels[eq], built)
+            eq = new
+        if eq not in gone:
+            equations.append(eq)
+    return verify(graph.replace(equations=equations)), made
+
+
+def _group(eq: Equation) -> Equation | None:
+    """The equation, or a cast as a group of its own, if it makes one contiguous value and draws nothing."""
+    if isinstance(eq.op, Fused):
+        alone = len(eq.op.parts) == 1 and len(eq.results) == 1 and not draws(eq.op, eq.args, eq.kwargs)
+        return eq if alone and contiguous(eq.results[0]) else None
+    if eq.op is not aten._to_copy.default or not contiguous(eq.outputs) or not contiguous(eq.args[0]):
+        return None
+    if (eq.args[0].dtype, eq.outputs.dtype) != (torch.float32, torch.bfloat16):
+        return None
+    op = Fused([Graph(inputs=[eq.args[0]], equations=[eq], outputs=[eq.outputs])], "a cast")
+    return Equation(op, (eq.args[0],), {}, (eq.outputs,), eq.source, eq.origin)
+
+
+def _readers(program: Program, v: Value, kernels: dict[Equation, Kernel]) -> list[tuple[Equation, Value, list[Equation]]] | None:
+    """The products, what of them `v` is, and the views in between; None if anything else reads `v`."""
+    if v in program.results:
+        return None
+    found = []
+    for eq in program.users.get(v, []):
+        if is_view(eq):
+            if not isinstance(eq.outputs, Value) or eq.outputs.fake.numel() != v.fake.numel():
+                return None
+            further = _readers(program, eq.outputs, kernels)
+            if further is None:
+                return None
+            found += [(product, x, [eq, *views]) for product, x, views in further]
+        elif eq in kernels and kernels[eq].takes_prologues and [*eq.inputs].count(v) == 1 and v in factors(eq):
+            found.append((eq, v, []))
+        else:
+            return None
+    return found
+
+
+def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]], program: Program) -> list[Maker] | None:
+    """For each reader what makes its factor, if that is worth it."""
+    result, part, first = group.results[0], group.op.parts[0], group.op.layouts[0]
+    work, times, found = sum(price(eq) for eq in part.equations if not is_view(eq)), 0, []
+    for product, v, views in readers:
+        a, b = factors(product)
+        left, summed = v is a, isinstance(product.op, ProductAndSums)
+        (rows, columns), strides = v.shape, tuple(v.strides)
+        if a is b or left and summed or min(rows, columns) < 2 or v.dtype != result.dtype:
+            return None
+        if strides == (1, rows):
+            columns = rows
+        elif strides != (columns, 1):
+            return None
+        if first.columns not in (None, columns) or first.sizes[-1] % columns or refine([columns], first.cuts) is None:
+            return None
+        layout = Layout(part, columns=columns)
+        if len(layout.loops) != 1 or any(n.fold for n in layout.nodes) or layout.results[0].kind != "full" or layout.kept:
+            return None
+        found.append(Maker(group, layout, views))
+        packed = matmul.times_packed(a.shape[0], b.shape[1], v.dtype, isinstance(product.op, Product), summed)
+        times += packed[0 if left else 1]
+    return found if work * (times - 1) <= AGAIN else None
+
+
+def _last_reads(program: Program) -> dict[Value, int]:
+    """Where the memory of each value is read last."""
+    last: dict[Value, int] = {}
+    for i, eq in enumerate(program.graph.equations):
+        if not is_view(eq):
+            last.update((_root(program, v), i) for v in eq.inputs)
+    return last
+
+
+def _root(program: Program, v: Value) -> Value:
+    while v in program.producers and is_view(program.producers[v]):
+        v = program.producers[v].args[0]
+    return v
+
+
+def _longer_kept(group: Equation, until: int, program: Program, last: dict[Value, int]) -> bool:
+    """Would more memory be taken by what the group reads, up to equation `until`, than by what it makes?"""
+    roots = {_root(program, v) for v in group.inputs}
+    freed = sum(v.nbytes for v in roots if v in program.producers and v not in program.results and last[v] < until)
+    return freed > group.results[0].nbytes
