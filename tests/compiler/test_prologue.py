@@ -1,0 +1,151 @@
+"""Products with prologues: groups that make their factors as they are packed, on every instruction set, give what they give apart."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import neuralforge as nf
+from neuralforge.compiler import compiled, products
+from neuralforge.compiler.prologue import join_prologues
+from neuralforge.kernels import matmul
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The names of the joined equations, all products being ours."""
+    names = []
+
+    def get(self, key, measure):
+        self.table[key] = {"choice": "own", "seconds": {"aten": 1.0, "own": 1.0}, "copy": 1.0}
+        return "own"
+
+    def join(graph, kernels):
+        graph, made = join_prologues(graph, kernels)
+        names.extend(eq.name for eq in made)
+        return graph, made
+
+    monkeypatch.setattr(products.Choices, "get", get)
+    monkeypatch.setattr(products.Choices, "save", lambda self: None)
+    monkeypatch.setattr(compiled, "join_prologues", join)
+    return names
+
+
+def same(f, *args, rtol=1e-5):
+    found, truth = nf.jit(f)(*args), f(*(a.double() for a in args))
+    torch.testing.assert_close(found.double(), truth, rtol=rtol, atol=rtol * float(truth.abs().max()))
+
+
+SIZES = [(2, 2, 2), (37, 24, 65), (130, 500, 90), (300, 900, 700)]
+HAND_OUT = {
+    "left": lambda x, row, w: (torch.tanh(x) * row + 1) @ w,
+    "right": lambda x, row, w: w.T @ (torch.tanh(x) * row + 1).T,
+    "left, transposed": lambda x, row, w: (torch.tanh(x) * row + 1).T @ w[:1].expand(len(x), -1).contiguous(),
+    "both": lambda x, row, w: (torch.tanh(x) * row + 1) @ (w * 2 + 0.5),
+    "bias": lambda x, row, w: torch.addmm(row[:1].expand(w.shape[1]), torch.tanh(x) * row + 1, w),
+    "and an epilogue": lambda x, row, w: F.silu((torch.tanh(x) * row + 1) @ w) * 2,
+}
+
+
+@pytest.mark.parametrize("M, K, N", SIZES)
+@pytest.mark.parametrize("form", HAND_OUT)
+def test_forms(joined, M, K, N, form):
+    torch.manual_seed(0)
+    same(HAND_OUT[form], torch.randn(M, K), torch.randn(K), torch.randn(K, N))
+    assert any("tanh" in name and "_into_" in name for name in joined)
+
+
+def test_a_value_for_each_row_and_views_in_between(joined):
+    torch.manual_seed(0)
+    x, scale, w = torch.randn(4, 30, 50), torch.randn(4, 30, 1), torch.randn(50, 20)
+    same(lambda x, scale, w: (torch.sin(x) * scale).view(120, 50) @ w, x, scale, w)
+    assert joined == ["fused_sin_mul_into_mm"]
+
+
+def test_casts_of_weights(joined):
+    """Forward and backward, where our kernel multiplies bfloat16."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(70, 90), torch.randn(130, 90) * 0.1, torch.randn(130)
+
+    def loss(w, b):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(torch.sin(F.linear(x, w, b)) @ w, w).float().square().mean()
+
+    step = nf.value_and_grad(loss, (0, 1))
+    for a, truth in zip(torch.utils._pytree.tree_leaves(nf.jit(step)(w, b)), torch.utils._pytree.tree_leaves(step(w, b))):
+        torch.testing.assert_close(a, truth, rtol=2e-2, atol=2e-2 * float(truth.abs().max()))
+    assert sum("to_copy" in name for name in joined) >= 2 or not matmul.available(torch.bfloat16)
+
+
+def test_numbers_that_are_not_finite(joined):
+    x, w = torch.randn(40, 60), torch.randn(60, 50)
+    x[3, 5], x[7, 59], w[11, 2] = math.nan, math.inf, -math.inf
+    f = lambda x, w: (x * 2 + 1) @ (w * 2 - 1)
+    torch.testing.assert_close(nf.jit(f)(x, w), f(x, w), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert joined == ["fused_mul_add_fused_mul_sub_into_mm"]
+
+
+def test_not_joined_where_something_else_reads_it(joined):
+    x, w = torch.randn(40, 60), torch.randn(60, 50)
+    f = lambda x, w: ((y := torch.tanh(x) + 1) @ w, y)
+    for a, b in zip(nf.jit(f)(x, w), f(x, w)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not joined
+
+
+def test_not_joined_where_it_would_be_made_over_and_over(joined):
+    """Each of the products packs it, and it isn't cheap; a cheap one is made twice."""
+    x, w = torch.randn(40, 60), torch.randn(60, 50)
+    f = lambda x, w: ((y := F.gelu(x).sin().tanh()) @ w, y @ w.cos())
+    torch.testing.assert_close(nf.jit(f)(x, w)[1], f(x, w)[1], rtol=1e-5, atol=1e-5)
+    assert not any("gelu" in name for name in joined)
+    g = lambda x, w: ((y := x * 2 + 1) @ w, y @ w.cos())
+    torch.testing.assert_close(nf.jit(g)(x, w)[1], g(x, w)[1], rtol=1e-5, atol=1e-5)
+    assert sum("mul_add" in name for name in joined) == 2
+
+
+def test_memory_is_not_kept_longer_for_it(joined):
+    """Three large values would live until the product in place of one."""
+    x, w = torch.randn(300, 400), torch.randn(400, 50)
+
+    def f(x, w):
+        a, b, c = x.flip(1), x.flip(0, 1), x.flip(0)
+        y = a + b * c
+        return y @ w.cumsum(0)
+
+    same(f, x, w, rtol=1e-4)
+    assert not any("mul" in name for name in joined)
+
+
+def test_what_is_computed_again_is_made_on_the_way(joined):
+    """The activation of a feed-forward network, where a memory budget asks for it."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(512, 64), [torch.randn(256, 64) * 0.1 if i % 2 == 0 else torch.randn(64, 256) * 0.1 for i in range(6)]
+
+    def loss(weights):
+        y = x
+        for up, down in zip(weights[::2], weights[1::2]):
+            y = y + F.linear(F.gelu(F.linear(y, up)), down)
+        return y.square().mean()
+
+    free = nf.jit(nf.value_and_grad(loss))
+    free(weights)
+    held = nf.jit(nf.value_and_grad(loss), memory_budget=free.programs[0].program.plan.peak_bytes * 3 // 4)
+    value, grads = held(weights)
+    double = [w.double() for w in weights]
+    x = x.double()
+    truth, expected = nf.value_and_grad(loss)(double)
+    torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-6)
+    for a, b in zip(grads, expected):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    assert any("gelu" in name and "_into_" in name for name in joined)
+
+
+def test_the_rewrites_may_be_limited(joined):
+    f, x, w = lambda x, w: (torch.tanh(x) + 1) @ w, torch.randn(50, 20), torch.randn(20, 30)
+    for most, found in ((1, 0), (2, 1)):  # fusion is the first
+        torch.testing.assert_close(nf.jit(f, max_rewrites=most)(x, w), f(x, w), rtol=1e-4, atol=1e-4)
+        assert len(joined) == found
