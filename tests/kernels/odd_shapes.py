@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
+from neuralforge.compiler import products
 from neuralforge.kernels import attention, cross_entropy, embedding, matmul, rotary
 from neuralforge.kernels.random import philox, random_bits
 
@@ -100,6 +102,20 @@ def generated(dtype, *shape) -> Case:
     return lambda: near(run(x, w), f(x.float(), w.float()))
 
 
+def joined(dtype, M, N, K) -> Case:
+    """A product whose factors groups make, and whose result one reads."""
+    x, w = torch.randn(K, M).to(dtype), torch.randn(K, N).to(dtype)
+
+    def f(x, w):
+        y = F.silu((x * 2 + x[0]).T @ (w.tanh() - 1) / K)
+        return y, y.sum(0)
+
+    run = nf.jit(f)
+    with mock.patch.object(products, "chosen", lambda seconds: "own" if "own" in seconds else "aten"):
+        run(x, w)
+    return lambda: near(run(x, w), f(x, w))
+
+
 def cases() -> list[Case]:
     torch.manual_seed(0)
     found = []
@@ -112,6 +128,7 @@ def cases() -> list[Case]:
         found += [turned(dtype, 1, 1, 1, 2, 1), turned(dtype, 2, 7, 3, 34, 34), turned(dtype, 2, 70, 3, 96, 48)]
         found += [generated(dtype, 3, 5), generated(dtype, 9, 131), generated(dtype, 2, 4099)]
         found += [product(dtype, M, N, K) for M, N, K in ((1, 1, 1), (7, 33, 5), (65, 17, 130), (130, 301, 67), (9, 40, 1601))]
+        found += [joined(dtype, M, N, K) for M, N, K in ((2, 2, 2), (115, 33, 401), (40, 1700, 9))]
     found += [product_and_sums(1, 1, 1), product_and_sums(35, 17, 400), product_and_sums(300, 1600, 9)]
     found += [words(1), words(13), words(3, 5), words(2, 7, 65)]
     return found
