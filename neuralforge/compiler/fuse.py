@@ -122,6 +122,7 @@ class Group:
         self.columns: int | None = None
         self.cuts: list[int] = []
         self.equations: list[Equation] = []
+        self.values: list[Value] = []  # that are known to be its own, views of them included
         self.views: list[Equation] = []
         self.kinds: dict[Value, str] = {}
         self.reads: list[tuple[Value, tuple[int, ...], int]] = []
@@ -260,7 +261,8 @@ class _Grower:
             if base in self.node_of:
                 self.node_of[eq.outputs] = self.node_of[base]
             if base in self.group_of:
-                self.group_of[eq.outputs] = self.group_of[base]
+                self.group_of[eq.outputs] = group = self.group_of[base]
+                group.values.append(eq.outputs)
                 self.views[eq.outputs] = eq
             return
         mask = 0
@@ -280,9 +282,9 @@ class _Grower:
             return
         added = mask & ~(1 << group.index | self.depends[group.index])
         self.depends[group.index] |= added
-        for n, known in enumerate(self.depends if added else ()):  # whoever depends on the group now does on all this too
-            if known >> group.index & 1:
-                self.depends[n] |= added
+        for n in self._dependents(1 << group.index) if added else ():  # who now depend on all this too
+            self.depends[n] |= added
+        group.values += eq.results
         for v in eq.results:
             self.group_of[v], self.node_of[v] = group, group.index
 
@@ -344,18 +346,19 @@ class _Grower:
         into.kinds.update(other.kinds)
         into.reads += other.reads
         into.ended = into.ended or other.ended
-        for v, group in self.group_of.items():
-            if group is other:
-                self.group_of[v] = into
-        for v, n in self.node_of.items():
-            if n == other.index:
-                self.node_of[v] = into.index
+        into.values += other.values
+        for v in other.values:
+            self.group_of[v], self.node_of[v] = into, into.index
         self.all.remove(other)
         depends, old, new = self.depends, 1 << other.index, 1 << into.index
         depends[into.index] = (depends[into.index] | depends[other.index]) & ~(old | new)
-        for n, known in enumerate(depends):
-            if known & (old | new) and n != into.index:
-                depends[n] = (known & ~old) | new | depends[into.index]
+        for n in self._dependents(old | new):
+            if n != into.index:
+                depends[n] = (depends[n] & ~old) | new | depends[into.index]
+
+    def _dependents(self, mask: int) -> list[int]:
+        """The nodes that depend on any of those in the mask."""
+        return [n for n, known in enumerate(self.depends) if known & mask]
 
     def _join_siblings(self) -> None:
         """Groups that read one large operand and don't depend on each other read it once, together, if nothing but

@@ -5,6 +5,7 @@ memory between the forward and the backward pass."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
@@ -27,24 +28,47 @@ def sink(graph: Graph, groups: list[Group], looked_through: set) -> Graph:
 
 
 class _Sink:
+    """Who makes and reads what is kept up to date; the changes are noted, and made all at once (`_changed`)."""
+
     def __init__(self, graph: Graph, groups: list[Group], looked_through: set):
-        self.graph, self.groups, self.looked_through = graph, groups, looked_through
+        self.graph, self.looked_through = graph, looked_through
         self.outputs = set(leaves(graph.outputs))
         self.free = {*graph.inputs, *graph.constants}
         self.names = itertools.count()
-        self._index()
-
-    def _index(self) -> None:
-        self.group_of = {eq: g for g in self.groups for eq in g.equations}
-        self.users = self.graph.users()
-        self.producer = self.graph.producers()
+        self.group_of = {eq: g for g in groups for eq in g.equations}
+        self.users, self.producer = graph.users(), graph.producers()
+        self.before: dict[Equation, list[Equation]] = {}
+        """What is put before an equation."""
+        self.instead: dict[Equation, Equation] = {}
+        self.dead: set[Equation] = set()
 
     def run(self) -> Graph:
         for v in [v for eq in reversed(self.graph.equations) for v in eq.results]:
             eq = self.producer.get(v)
             if eq in self.group_of and supported(eq) and v not in self.outputs and v.fake.numel() >= SMALL:
                 self._try(v, self.group_of[eq])
-        return self.graph
+        return self.graph.replace(equations=list(self._changed(self.graph.equations)))
+
+    def _changed(self, equations: list[Equation]) -> Iterator[Equation]:
+        for eq in equations:
+            yield from self._changed(self.before.get(eq, []))
+            if eq in self.instead:
+                yield from self._changed([self.instead[eq]])
+            elif eq not in self.dead:
+                yield eq
+
+    def _link(self, eq: Equation, group: Group) -> None:
+        self.group_of[eq] = group
+        for v in dict.fromkeys(eq.inputs):
+            self.users.setdefault(v, []).append(eq)
+        self.producer.update((v, eq) for v in eq.results)
+
+    def _unlink(self, eq: Equation) -> None:
+        self.group_of.pop(eq, None)
+        for v in dict.fromkeys(eq.inputs):
+            self.users[v].remove(eq)
+        for v in eq.results:
+            del self.producer[v]
 
     def _try(self, v: Value, home: Group) -> None:
         readers: dict[Group, list[Equation]] = {}  # with the views through which they read
@@ -64,8 +88,7 @@ class _Sink:
         if all(c is not None for c in changes):
             for group, change in zip(readers, changes):
                 self._apply(group, *change)
-            self._prune(home)
-            self._index()
+            self._prune(home, [self.producer[v], *(view for views in readers.values() for view in views)])
 
     def _readers(self, v: Value, home: Group, path: list[Equation], found: dict[Group, list[Equation]]) -> bool:
         """Fill `found`; False if somebody outside the groups reads the value."""
@@ -100,8 +123,7 @@ class _Sink:
                     waiting.append(x)
                 elif x in {w for view in home.views for w in view.results}:
                     return None  # inside the group it is read through a view
-        order = {eq: i for i, eq in enumerate(self.graph.equations)}
-        return sorted(cone, key=order.__getitem__)
+        return [eq for eq in home.equations if eq in cone]
 
     def _stored(self, v: Value, home: Group) -> bool:
         return v in self.outputs or any(self.group_of.get(eq) is not home for eq in self.users.get(v, []))
@@ -125,30 +147,27 @@ class _Sink:
         return None if trial is None else (trial, copies, members)
 
     def _apply(self, group: Group, trial: Group, copies: list[Equation], members: dict[Equation, Equation]) -> None:
-        first = group.equations[0]
-        equations: list[Equation] = []
-        for eq in self.graph.equations:
-            if eq is first:
-                equations += copies
-            equations.append(members.get(eq, eq))
-        self.graph = self.graph.replace(equations=equations)
+        self.before.setdefault(group.equations[0], []).extend(copies)
+        for eq in copies:
+            self._link(eq, group)
+        for old, new in members.items():
+            if new is not old:
+                self.instead[old] = new
+                self._unlink(old)
+                self._link(new, group)
         group.take(trial)
 
-    def _prune(self, home: Group) -> None:
-        """Drop members of the group, and views, that nobody reads any longer."""
-        used = set(self.outputs)
-        kept = []
-        for eq in reversed(self.graph.equations):
-            ours = eq in home.equations or eq.op in self.looked_through and self.group_of.get(eq) is None
-            if ours and not any(v in used for v in eq.results):
-                continue
-            used.update(eq.inputs)
-            for view in home.views if eq in home.equations else ():
-                used.update(view.inputs)
-            kept.append(eq)
-        self.graph = self.graph.replace(equations=kept[::-1])
-        alive = set(kept)
-        left = [eq for eq in home.equations if eq in alive]
+    def _prune(self, home: Group, candidates: list[Equation]) -> None:
+        """Drop the candidates, members of the group and views, that nobody reads any longer, and what only they read."""
+        held = {*self.outputs, *(v for view in home.views for v in view.inputs)}
+        while candidates:
+            eq = candidates.pop()
+            ours = self.group_of.get(eq) is home or eq.op in self.looked_through and eq not in self.group_of
+            if ours and eq not in self.dead and not any(v in held or self.users.get(v) for v in eq.results):
+                self.dead.add(eq)
+                self._unlink(eq)
+                candidates += [self.producer[v] for v in eq.inputs if v in self.producer]
+        left = [eq for eq in home.equations if eq not in self.dead]
         if len(left) < len(home.equations):
             trial = home.rebuilt(left, home.views)
             if trial is not None:
