@@ -1,21 +1,34 @@
 """What tests of several folders share."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from neuralforge.errors import KernelError
-from neuralforge.kernels import toolchain
+from neuralforge.kernels import native, toolchain
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request, monkeypatch):
-    """Each instruction set that code is compiled for; those this CPU lacks are skipped."""
+    """Each instruction set that code is compiled for; those this CPU lacks are skipped, but for AMX's tiles, which are
+    emulated where there is the rest."""
+    if request.param == "amx" and not toolchain.amx_granted() and toolchain.fast_dot():
+        emulate_tiles(monkeypatch)
     monkeypatch.setenv("NEURALFORGE_ISA", request.param)
     try:
         toolchain.isa()
     except KernelError:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
+
+
+def emulate_tiles(monkeypatch):
+    features, source = toolchain.cpu_features() | {"amx_tile", "amx_bf16"}, native.Native.source
+    real, emulated = native.AMX.read_text(), Path(__file__).with_name("emulated_tiles.h").read_text()
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: features)
+    monkeypatch.setattr(toolchain, "amx_granted", lambda: True)
+    monkeypatch.setattr(native.Native, "source", property(lambda self: source.fget(self).replace(real, emulated)))
 
 
 @pytest.fixture

@@ -19,7 +19,9 @@ def f(x, w):
 
 model = build(ModelConfig("gpt2", vocab_size=50, context=16, n_layers=1, n_heads=2, n_kv_heads=2, d_model=32, d_ff=32), 0)
 loss = lambda params, t: next_token_loss(torch.func.functional_call(model, params, (t[:, :-1],)), t[:, 1:])
-nf.jit(nf.grad(loss))(dict(model.named_parameters()), torch.zeros(2, 9, dtype=torch.int64))
+for narrow in False, True:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+        nf.jit(nf.grad(loss))(dict(model.named_parameters()), torch.zeros(2, 9, dtype=torch.int64))
 assert not {"torch.distributed.tensor", "sympy", "torch.fx.experimental.symbolic_shapes"} & sys.modules.keys()
 with numbers_only():  # who imports from the stand-in may keep what it gets
     from torch.fx.experimental.symbolic_shapes import guard_or_true, is_nested_int
