@@ -1,6 +1,6 @@
 """PyTorch's rules for the types of results without sympy, whose import takes 0.3 s and 33 MB.
 
-They import it, and PyTorch's module of symbolic shapes, at each call, to see whether sizes are symbols. Ours are numbers.
+They import it, and PyTorch's modules of symbolic shapes, at each call, to see whether sizes are symbols. Ours are numbers.
 Within `numbers_only`, stand-ins are in their places that know this much, unless they are imported already; asked for
 anything else, a stand-in makes room, imports the real module and answers with what that has.
 """
@@ -25,7 +25,7 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
         _make_room()
         for module in _STAND_INS:  # whoever has kept one shall find the real module's own
-            for known in (*_OF_NUMBERS, "Basic"):
+            for known in (*_OF_NUMBERS, "Basic", "Max"):
                 vars(module).pop(known, None)
         return getattr(import_module(self.__name__), name)
 
@@ -66,10 +66,11 @@ def _for_numbers(name: str, f: Callable) -> Callable:
 
 
 def _stand_ins() -> list[_StandIn]:
-    shapes, sympy = _StandIn(_SHAPES), _StandIn("sympy")
+    shapes, sympy, functions = _StandIn(_SHAPES), _StandIn("sympy"), _StandIn("torch.utils._sympy.functions")
     vars(shapes).update((name, _for_numbers(name, f)) for name, f in _OF_NUMBERS.items())
     vars(sympy).update(Basic=_NoSymbol)
-    return [shapes, sympy]
+    vars(functions).update(Max=_NoSymbol)  # imported where it isn't used
+    return [shapes, sympy, functions]
 
 
 _STAND_INS = _stand_ins()
