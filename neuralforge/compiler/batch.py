@@ -4,7 +4,7 @@ optimizers, found rather than asked for): one call and one parallel region for a
 from __future__ import annotations
 
 from ..graph.ir import Equation, Graph, Value
-from .codegen import Layout, source
+from .codegen import source
 from .fuse import Fused
 
 
@@ -28,7 +28,7 @@ def batch(graph: Graph) -> Graph:
     for eq in graph.equations:
         if not isinstance(eq.op, Fused):
             continue
-        code = source(Layout(eq.op.parts[0]))
+        code = source(eq.op.layouts[0])
         here = position[eq]
         if code in open_batch:
             at, members = batches[open_batch[code]]
@@ -58,4 +58,5 @@ def batch(graph: Graph) -> Graph:
 def _join(members: list[Equation]) -> Equation:
     why = f"{len(members)} groups of equal code in one call, the first: {members[0].op.why}"
     op = Fused([part for eq in members for part in eq.op.parts], why)
+    op.layouts = [layout for eq in members for layout in eq.op.layouts]
     return Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), members[-1].source, "batch")

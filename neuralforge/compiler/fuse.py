@@ -163,7 +163,8 @@ class Group:
         for v, shape, _ in reads:
             if v in kinds and not self._in_step(v, kinds[v], shape, cuts, scale, columns):
                 return None
-        if columns and not all(_one_dimension(v, shape, cuts, s, columns) for v, shape, s in [*self.reads, *reads]):
+        known = () if (columns, cuts) == (self.columns, self.cuts) else self.reads  # else they have been looked at
+        if columns and not all(_one_dimension(v, shape, cuts, s, columns) for v, shape, s in (*known, *reads)):
             return None
         return columns, cuts, reads
 

@@ -187,7 +187,7 @@ def _take_over(
 
 
 def _alike(a: Value, b: Value) -> bool:
-    return (a.shape, a.strides, a.dtype, a.device) == (b.shape, b.strides, b.dtype, b.device)
+    return a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype and a.device == b.device
 
 
 def _extent(v: Value) -> int:

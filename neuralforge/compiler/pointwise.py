@@ -166,6 +166,7 @@ INTEGER = {
 }  # fmt: skip
 MOVES = {aten._to_copy.default, aten.clone.default}
 SELECTS = {aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+ELEMENTWISE = {*FLOATING, *COMPARISONS, *LOGIC, *NOT, *TESTS, *MOVES, *SELECTS, aten.full.default}
 
 _COSTS = {
     8: ("exp", "expm1", "exp2", "log", "log1p", "log2", "sigmoid", "silu", "silu_backward", "softplus"),
@@ -186,7 +187,7 @@ def price(eq: Equation) -> int:
 def supported(eq: Equation) -> bool:
     """Is this an elementwise equation with an entry here, on types that have a letter?"""
     y = eq.outputs
-    if not isinstance(y, Value) or y.fake.numel() == 0:
+    if eq.op not in ELEMENTWISE or not isinstance(y, Value) or y.fake.numel() == 0:
         return False
     values = [*eq.inputs, y]
     if any(v.dtype not in LETTERS or v.device.type != "cpu" for v in values):
