@@ -49,8 +49,12 @@ def operator_traits(func: Any) -> Traits:
 
 def is_random(func: Any) -> bool:
     """May an operator read torch's generator of random numbers?"""
-    tags = getattr(func, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or getattr(func, "overloadpacket", None) in _UNTAGGED
+    return isinstance(func, torch._ops.OpOverload) and _reads_generator(func)
+
+
+@cache
+def _reads_generator(func: torch._ops.OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags or func.overloadpacket in _UNTAGGED
 
 
 def draws(func: Any, args: tuple, kwargs: dict) -> bool:

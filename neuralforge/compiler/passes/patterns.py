@@ -224,8 +224,8 @@ class Numbers:
         # What was computed again on purpose is not what was computed before.
         again = eq.origin.startswith("recomputed")
         name, args = form(eq)
-        operands = [_hashable(a, of) for a in args]
-        return again, name, *(sorted(operands, key=repr) if name in COMMUTATIVE else operands), _hashable(eq.kwargs, of)
+        operands = tuple([_hashable(a, of) for a in args])
+        return again, name, frozenset(operands) if name in COMMUTATIVE else operands, _hashable(eq.kwargs, of)
 
 
 def form(eq: Equation) -> tuple[Any, tuple]:
@@ -235,15 +235,18 @@ def form(eq: Equation) -> tuple[Any, tuple]:
 
 
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+"""Of their two operands."""
 
 
 def _hashable(x: Any, of: dict[Value, int]) -> Any:
     if isinstance(x, Value):
         return "v", of[x]
+    if type(x) in (int, bool):  # most are
+        return type(x), x
     if isinstance(x, dict):
-        return tuple((k, _hashable(x[k], of)) for k in sorted(x))
+        return tuple([(k, _hashable(x[k], of)) for k in sorted(x)])
     if isinstance(x, (list, tuple)):
-        return tuple(_hashable(item, of) for item in x)
+        return tuple([_hashable(item, of) for item in x])
     return type(x), repr(x)
 
 
