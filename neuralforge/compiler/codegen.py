@@ -33,6 +33,8 @@ SERIAL = 32768
 COLUMN_TASKS = 32
 """The most tasks of a kernel that sums columns, each of which has a row of partial sums."""
 C_TYPE = {"f": "float", "d": "double", "l": "long", "b": "unsigned char"}
+AHEAD = 8
+"""Rows by which a prologue fetches what it reads ahead."""
 FILES = 4
 """Files that the kernels of one program are spread over, to compile side by side."""
 
@@ -383,6 +385,8 @@ void KERNEL(void **pointers, const long *sizes, void *tile, long stride, long fi
                 step = f"{p}_{self.last}"
                 apart = f"load_apart_{letter}({p} + i * {step}, {step}, {'n' if tail else 'L'})"
                 lines.append(f"{n.t} {n.name} = {load(letter, p) if layout.inner(strides) == 1 else apart};")
+                if self.tile == "y0" and self.last and not tail:  # part of a row at a time, which the CPU doesn't foresee
+                    lines.append(f"__builtin_prefetch({p} + {AHEAD} * {p}_{self.last - 1} + i);")
         for n in loop.folds:
             x, a, t = n.operands[0].name, f"a_{n.name}", n.t
             if n.fold == "sum":
