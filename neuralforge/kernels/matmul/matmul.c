@@ -190,7 +190,9 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
                     special_all |= pack(flat, some, least(SLICE, depth - from), high,
                         shared + cells_of(block) * panels * all.width + j * high + cells_of(from - block) * all.width);
                 }
-                long blocks = matmul_blocks(each.count), across = parts(width, NC), rows = parts(each.count, each.width);
+                long blocks = matmul_blocks(each.count), rows = parts(each.count, each.width);
+                /* more tasks where there are many threads; an epilogue may need whole rows */
+                long across = most(parts(width, NC), to.finish ? 1 : least(panels, parts(2 * threads, blocks)));
                 #pragma omp for schedule(dynamic, 1)
                 for (long task = 0; task < blocks * across; task++) {
                     long i = task % blocks, j = task / blocks;
