@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from copy import copy
 from functools import cached_property
 from typing import Any
@@ -72,11 +73,20 @@ class Fused:
     def may_overwrite(self, output: Value, operand: Value) -> bool:
         """May `output` be put where `operand` (of the same type, read for the last time) is? Within one part an
         element is read before it is written; parts run side by side."""
-        layout = next((layout for layout in self.layouts if output in layout.graph.outputs), None)
+        layout = self._layout_of.get(output)
         if layout is None:  # computed a second time, under other names
             return False
-        alone = operand in layout.graph.inputs and sum(operand in part.inputs for part in self.parts) == 1
+        alone = operand in layout.graph.inputs and self._readers[operand] == 1
         return alone and layout.may_overwrite(output, operand)
+
+    @cached_property
+    def _layout_of(self) -> dict[Value, Layout]:
+        return {v: layout for layout in self.layouts for v in layout.graph.outputs}
+
+    @cached_property
+    def _readers(self) -> Counter[Value]:
+        """How many parts read a value."""
+        return Counter(v for part in self.parts for v in part.inputs)
 
 
 def fuse(graph: Graph) -> Graph:

@@ -77,7 +77,7 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
     escaping = {root_of(roots, v) for v in leaves(graph.outputs)}
     for v in escaping:
         death[v] = end
-    free_inputs = [v for v in donated if v not in escaping]
+    free_inputs = dict.fromkeys(v for v in donated if v not in escaping)
     wholes = _find_parts(graph, kernels, plan, escaping)
     held = dict(death)  # until when the memory that an operator allocated is in use, by whatever value
     allocated: dict[Value, Value] = {}  # values in such memory, with the value it was made for
@@ -101,7 +101,7 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
                     plan.fresh.append(out)
                 else:
                     plan.takes_over[out] = source
-                    free_inputs.remove(source)
+                    del free_inputs[source]
                 continue
             reusable = (v for v, root in dying.items() if (root in plan.buffers or root in allocated) and _alike(v, out))
             reused = next((v for v in reusable if kernel.may_overwrite(out, v)), None)
@@ -175,7 +175,7 @@ def _allocates(eq: Equation) -> bool:
 
 
 def _take_over(
-    out: Value, i: int, dying: dict[Value, Value], kernel: Kernel, free: list[Value], death: dict[Value, int]
+    out: Value, i: int, dying: dict[Value, Value], kernel: Kernel, free: dict[Value, None], death: dict[Value, int]
 ) -> Value | None:
     """A donated input whose memory `out` may have: read for the last time before it, or by the same elementwise
     operator."""

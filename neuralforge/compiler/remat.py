@@ -76,6 +76,7 @@ class _Search:
         self.names = itertools.count()
         self.tried: set[Value] = set()
         self.apart: dict[Equation, list[Equation]] = {}
+        self.known_seconds: dict[Equation, float] = {}
         self.plan = self._planned(graph)
 
     def _planned(self, graph: Graph) -> Plan:
@@ -101,11 +102,11 @@ class _Search:
 
     def save_what_is_cheap(self) -> None:
         """Recompute fused groups while that is next to free and brings the peak down."""
-        seconds = FRUGAL * sum(_seconds(eq) for eq in self.graph.equations)
+        seconds = FRUGAL * sum(self._seconds(eq) for eq in self.graph.equations)
         while steps := self._best_steps(fused_only=True):
             chosen = []
             for step in steps:
-                spent = _seconds(step.producer)
+                spent = self._seconds(step.producer)
                 if spent <= seconds and step.score > WORTH and self.tried.isdisjoint(step.values):
                     self.tried.update(step.values)
                     chosen.append(step)
@@ -169,7 +170,12 @@ class _Search:
                 freed -= r.nbytes
         if freed <= 0:
             return None
-        return Step(eq, [v for v, _ in waiting], at, freed / _seconds(eq))
+        return Step(eq, [v for v, _ in waiting], at, freed / self._seconds(eq))
+
+    def _seconds(self, eq: Equation) -> float:
+        if eq not in self.known_seconds:
+            self.known_seconds[eq] = _seconds(eq)
+        return self.known_seconds[eq]
 
     def _applied(self, graph: Graph, step: Step) -> Graph:
         env: dict[Value, Value] = {}
