@@ -132,5 +132,6 @@ def test_times_are_those_of_the_whole_product(monkeypatch):
 
 def test_ours_unless_another_is_clearly_faster():
     assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.05}) == "own"
-    assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.2}) == "onednn"
-    assert products.chosen({"aten": 1.0, "onednn": 2.0}) == "aten"
+    assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.3}) == "onednn"
+    assert products.chosen({"aten": 1.0, "onednn": 2.0, "own": 1.1}) == "aten"
+    assert products.chosen({"aten": 1.0, "onednn": 0.95}) == "onednn"

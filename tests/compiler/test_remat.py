@@ -221,4 +221,4 @@ def test_the_planned_peak_is_near_the_measured_one():
     assert done.returncode == 0, done.stderr
     planned, measured = map(int, done.stdout.split())
     assert planned > 100e6
-    assert abs(planned - measured) < 0.2 * measured
+    assert abs(planned - measured) < 0.1 * measured
