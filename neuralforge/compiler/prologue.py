@@ -172,11 +172,19 @@ def _readers(program: Program, v: Value, kernels: dict[Equation, Kernel]) -> lis
             if further is None:
                 return None
             found += [(product, x, [eq, *views]) for product, x, views in further]
-        elif eq in kernels and kernels[eq].takes_prologues and [*eq.inputs].count(v) == 1 and v in factors(eq):
+        elif eq in kernels and kernels[eq].takes_prologues and v in factors(eq) and _times_read(eq, v) == 1:
             found.append((eq, v, []))
         else:
             return None
     return found
+
+
+def _times_read(product: Equation, v: Value) -> int:
+    """How often `v` is read by the product and what is joined to it."""
+    if not hasattr(product.op, "graph"):
+        return [*product.inputs].count(v)
+    inside = product.op.graph.inputs[product.args.index(v)]
+    return sum([*eq.inputs].count(inside) for eq in product.op.graph.equations)
 
 
 def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]], program: Program) -> list[Maker] | None:

@@ -46,6 +46,7 @@ HAND_OUT = {
     "left, transposed": lambda x, row, w: (torch.tanh(x) * row + 1).T @ w[:1].expand(len(x), -1).contiguous(),
     "both": lambda x, row, w: (torch.tanh(x) * row + 1) @ (w * 2 + 0.5),
     "bias": lambda x, row, w: torch.addmm(row[:1].expand(w.shape[1]), torch.tanh(x) * row + 1, w),
+    "itself": lambda x, row, w: (y := torch.tanh(x) * row) @ y.T,
     "and an epilogue": lambda x, row, w: F.silu((torch.tanh(x) * row + 1) @ w) * 2,
 }
 
@@ -150,3 +151,9 @@ def test_the_rewrites_may_be_limited(joined):
     for most, found in ((1, 0), (2, 1)):  # fusion is the first
         torch.testing.assert_close(nf.jit(f, max_rewrites=most)(x, w), f(x, w), rtol=1e-4, atol=1e-4)
         assert len(joined) == found
+
+
+def test_not_joined_where_the_epilogue_reads_it_too(joined):
+    torch.manual_seed(0)
+    same(lambda x, w: torch.tanh((y := x.sin() * 2) @ w / 40 + y), torch.randn(40, 40), torch.randn(40, 40))
+    assert not joined
