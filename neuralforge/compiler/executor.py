@@ -91,6 +91,7 @@ class _Writer:
     def __init__(self, graph: Graph, plan: Plan, kernels: dict, arena: torch.Tensor):
         self.graph, self.plan, self.kernels, self.arena = graph, plan, kernels, arena
         self.namespace: dict[str, Any] = {"empty": torch.empty_strided}
+        self.names: dict[int, str] = {}  # of the namespace's things, by their id
         self.static: dict[Value, torch.Tensor] = dict(graph.constants)
         for value, buffer in plan.buffers.items():
             self.static[value] = empty_like(value, arena, buffer.offset + plan.within.get(value, 0))
@@ -166,10 +167,7 @@ class _Writer:
                 return thing.name
             self.namespace.setdefault(thing.name, self.static[thing])
             return thing.name
-        for name, known in self.namespace.items():
-            if known is thing:
-                return name
-        name = f"k{len(self.namespace)}"
+        name = self.names.setdefault(id(thing), f"k{len(self.namespace)}")
         self.namespace[name] = thing
         return name
 

@@ -253,6 +253,7 @@ class _Grower:
         self.all: list[Group] = []
         self.group_of: dict[Value, Group] = {}
         self.depends: list[int] = []
+        self.depended_on = 0  # the nodes that others depend on
         self.node_of: dict[Value, int] = {}
         self.views: dict[Value, Equation] = {}  # views looked through, by their result
         self.drawn: int | None = None  # the last node that draws random numbers, which they all do in their order
@@ -290,9 +291,11 @@ class _Grower:
             for v in eq.results:
                 self.node_of[v] = len(self.depends)
             self.depends.append(mask)
+            self.depended_on |= mask
             return
         added = mask & ~(1 << group.index | self.depends[group.index])
         self.depends[group.index] |= added
+        self.depended_on |= added
         for n in self._dependents(1 << group.index) if added else ():  # who now depend on all this too
             self.depends[n] |= added
         group.values += eq.results
@@ -323,6 +326,7 @@ class _Grower:
                 probe.reads = [*joined.reads, *source.reads]
                 if probe.fit(eq, r, trial) is not None:
                     self._merge(joined, source, together)
+                    fit = None
         if joined is None:
             joined = Group(len(self.depends), r)
             self.depends.append(0)
@@ -331,7 +335,7 @@ class _Grower:
                 self.depends.pop()
                 return None
             self.all.append(joined)
-        joined.add(eq, r, joined.fit(eq, r, self._kinds(eq, joined)))
+        joined.add(eq, r, fit or joined.fit(eq, r, self._kinds(eq, joined)))
         return joined
 
     def _kinds(self, eq: Equation, group: Group) -> dict[Value, str]:
@@ -364,12 +368,13 @@ class _Grower:
         depends, old, new = self.depends, 1 << other.index, 1 << into.index
         depends[into.index] = (depends[into.index] | depends[other.index]) & ~(old | new)
         for n in self._dependents(old | new):
+            self.depended_on |= new
             if n != into.index:
                 depends[n] = (depends[n] & ~old) | new | depends[into.index]
 
     def _dependents(self, mask: int) -> list[int]:
         """The nodes that depend on any of those in the mask."""
-        return [n for n, known in enumerate(self.depends) if known & mask]
+        return [n for n, known in enumerate(self.depends) if known & mask] if self.depended_on & mask else []
 
     def _join_siblings(self) -> None:
         """Groups that read one large operand and don't depend on each other read it once, together, if nothing but
