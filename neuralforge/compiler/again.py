@@ -6,18 +6,22 @@ from __future__ import annotations
 from ..graph.ir import Equation, Graph, Value
 from .epilogue import Product
 from .fuse import LOOKED_THROUGH, Fused
+from .prologue import Prologued
 
 
 def results_apart(eq: Equation) -> list[Equation]:
     """For a group of several results, those equations that make one of them from less than the whole group reads or
     runs: from the group's operands and its other results, whichever come first on the way back."""
+    product = eq.op.product if isinstance(eq.op, Prologued) else eq
     if isinstance(eq.op, Fused):
         parts = eq.op.parts
-    elif isinstance(eq.op, Product):
-        parts = [eq.op.part]
+    elif isinstance(product.op, Product):
+        parts = [product.op.part]
     else:
         return []
     outside = dict(zip(eq.op.graph.inputs, eq.args))
+    if product is not eq:  # names of the product's within the prologue's
+        outside = {v: outside[x] for v, x in zip(product.op.graph.inputs, product.args) if x in outside}
     outside.update(zip((v for part in parts for v in part.outputs), eq.results))
     found = []
     for part in parts:

@@ -21,7 +21,7 @@ from .kernels import claim
 from .passes.rewrites import Rewrites
 from .pipeline import optimise, without_autocast
 from .products import choose_products
-from .prologue import join_prologues
+from .prologue import groups_for_prologues, join_prologues
 from .remat import built, rematerialise
 
 
@@ -46,9 +46,11 @@ class Compiled:
         given = [graph.inputs[i] for i in self.donated]
 
         with rewrites.noting():
-            graph, joined = join_epilogues(graph, products)
+            graph, joined = join_epilogues(graph, products, groups_for_prologues(graph, kernels))
             graph, summed = join_column_sums(graph, products)
-        kernels |= joined | summed
+            kernels |= joined | summed
+            graph, made = join_prologues(graph, kernels)
+            kernels |= made
         graph, kernels = rematerialise(graph, kernels, given, memory_budget)
         with rewrites.noting():
             graph, made = join_prologues(graph, kernels)

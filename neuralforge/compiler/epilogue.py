@@ -88,9 +88,12 @@ class Product:
         return Kernel(run, self.may_overwrite, scratch=lambda eq: scratch, takes_prologues=True)
 
 
-def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equation, Kernel]]:
+def join_epilogues(
+    graph: Graph, products: Products, prologues: frozenset[Equation] = frozenset()
+) -> tuple[Graph, dict[Equation, Kernel]]:
     """Products and the groups that read them joined, where that is worth it; and the kernels of these equations.
-    `products` tells what that costs and saves."""
+    `products` tells what that costs and saves. Of `prologues`, groups that other products can make, none is joined to a product
+    that is in memory all the same: what it makes needn't be, then."""
     position = {eq: i for i, eq in enumerate(graph.equations)}
     users, results = graph.users(), set(leaves(graph.outputs))
     joined: dict[int, list[Equation]] = {}  # at the group's position, what is there instead
@@ -105,7 +108,7 @@ def join_epilogues(graph: Graph, products: Products) -> tuple[Graph, dict[Equati
             continue
         at, read, group = readers[0]
         kept = len(readers) > 1 or not seen.isdisjoint(results)
-        if group in gone or any(eq is group for _, _, eq in readers[1:]):
+        if group in gone or any(eq is group for _, _, eq in readers[1:]) or kept and group in prologues:
             continue
         op = _combined(product, group, read, kept)
         if op is None or products.extra[product] > products.copy[product] * (KEPT if kept else 1):

@@ -5,7 +5,7 @@ factor is never in memory: weights cast for autocast, activations computed again
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,23 +111,19 @@ def factors(product: Equation) -> tuple[Value, Value]:
     return outside[a], outside[b]
 
 
+def groups_for_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> frozenset[Equation]:
+    """The fused groups that `join_prologues` would join as things are."""
+    return frozenset(eq for eq, _ in _found(graph, kernels) if isinstance(eq.op, Fused))
+
+
 def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph, dict[Equation, Kernel]]:
     """Groups joined with the products that alone read what they make, and the kernels of these equations."""
-    program = Program(graph)
-    last = _last_reads(program)
     makers: dict[Equation, dict[Value, Maker]] = {}
     gone: set[Equation] = set()
-    for eq in graph.equations:
-        group = _group(eq)
-        readers = _readers(program, group.results[0], kernels) if group is not None else None
-        if not readers:
-            continue
-        found = _made(group, readers, program)
-        if found is None or _longer_kept(group, max(program.position[product] for product, _, _ in readers), program, last):
-            continue
-        if make("prologue", eq.source, group.op.why):
-            gone |= {eq, *(view for _, _, views in readers for view in views)}
-            for (product, v, _), maker in zip(readers, found):
+    for eq, found in _found(graph, kernels):
+        if make("prologue", eq.source, found[0][2].group.op.why):
+            gone |= {eq, *(view for _, _, maker in found for view in maker.views)}
+            for product, v, maker in found:
                 makers.setdefault(product, {})[v] = maker
     try:
         built = functions(prologue_source(maker.layout) for each in makers.values() for maker in each.values())
@@ -144,6 +140,18 @@ def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph
         if eq not in gone:
             equations.append(eq)
     return verify(graph.replace(equations=equations)), made
+
+
+def _found(graph: Graph, kernels: dict[Equation, Kernel]) -> Iterator[tuple[Equation, list[tuple[Equation, Value, Maker]]]]:
+    """Equations that products can make on the way; and the products, the factors, and what makes these."""
+    program = Program(graph)
+    last = _last_reads(program)
+    for eq in graph.equations:
+        group = _group(eq)
+        readers = _readers(program, group.results[0], kernels) if group is not None else None
+        makers = _made(group, readers) if readers else None
+        if makers and not _longer_kept(group, max(program.position[product] for product, _, _ in readers), program, last):
+            yield eq, [(product, v, maker) for (product, v, _), maker in zip(readers, makers)]
 
 
 def _group(eq: Equation) -> Equation | None:
@@ -187,7 +195,7 @@ def _times_read(product: Equation, v: Value) -> int:
     return sum([*eq.inputs].count(inside) for eq in product.op.graph.equations)
 
 
-def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]], program: Program) -> list[Maker] | None:
+def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]]) -> list[Maker] | None:
     """For each reader what makes its factor, if that is worth it."""
     result, part, first = group.results[0], group.op.parts[0], group.op.layouts[0]
     work, times, found = sum(price(eq) for eq in part.equations if not is_view(eq)), 0, []

