@@ -173,11 +173,11 @@ def _fastest(
 
     began = time.perf_counter()
     best = {name: seconds(call) for name, call in candidates.items()}
-    left = [name for name in candidates if best[name] < 3 * min(best.values())]  # some prepared themselves just now
+    left = in_question(best, 3)  # some prepared themselves just now
     for _ in range(3):
         for name in left:
             best[name] = min(best[name], seconds(candidates[name]))
-        left = [name for name in left if best[name] < 1.4 * min(best.values())]
+        left = in_question({name: best[name] for name in left}, 1.15)
         if len(left) == 1 or time.perf_counter() - began > enough:
             break
     *_, a, b = tensors
@@ -195,8 +195,14 @@ def _fastest(
 
 def chosen(seconds: dict[str, float]) -> str:
     """Whose products are used, by what they take."""
+    return in_question(seconds, 1)[0]
+
+
+def in_question(seconds: dict[str, float], factor: float) -> list[str]:
+    """Those that would be the choice if they took less time by that factor."""
     handicap = HANDICAP if "own" in seconds else {}
-    return min(seconds, key=lambda name: seconds[name] * handicap.get(name, 1))
+    counted = {name: t * handicap.get(name, 1) for name, t in seconds.items()}
+    return [name for name, t in counted.items() if t <= factor * min(counted.values())]
 
 
 def _neighbour(timed: dict[str, Any], key: str) -> dict[str, Any] | None:
