@@ -58,7 +58,7 @@ class Maker:
         def prologue(tensors: tuple) -> matmul.Prologue:
             at = [tensors[i].data_ptr() for i in read]
             made = matmul.Prologue(address, 0, ctypes.addressof(sizes), at[whole[0]] if whole else 0, size)
-            made.kept = places(*at)
+            made.kept = places(*at)  # as long as the structure that points to it
             made.pointers = ctypes.addressof(made.kept)
             return made
 
