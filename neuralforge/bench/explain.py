@@ -19,6 +19,7 @@ from ..compiler.compiled import Compiled
 from ..compiler.cost import cost, total
 from ..compiler.fuse import Fused
 from ..compiler.jit import Jit
+from ..compiler.kernels import destination_kernel
 from ..compiler.passes.rewrites import Rewrite, Rewrites
 from ..compiler.pipeline import stages
 from ..compiler.plan import Plan, is_view
@@ -120,8 +121,7 @@ class Explanation:
         elif isinstance(eq.op, Fused):
             runs = "fused C" if eq in program.kernels else "its operators one by one"
         else:
-            home = getattr(getattr(kernel, "run", None), "__module__", "")
-            own = any(name in home for name in (".kernels.", "attention", "products", "epilogue", "prologue", "column_sums"))
+            own = kernel is not None and kernel.run.__module__ != destination_kernel.__module__
             runs = "our kernel" if own else "ATen"
         return Row(eq.name, eq.source, runs, why(eq, self._limited), c.flops, c.bytes, predicted(eq))
 

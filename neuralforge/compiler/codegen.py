@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..graph.ir import Value
 from ..kernels.native import prelude
 from ..kernels.toolchain import compiler, load_many
 from .fuse import Fused
@@ -85,14 +86,13 @@ def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]
     last: tuple[list[int], Any] = ([], None)  # addresses, and the array of pointers made of them: mostly those of the next call
     # c_void_p, which takes any array: groups of another number of parts may share the function
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
-    expected = [(tuple(v.shape), tuple(v.strides)) for v in group.graph.inputs]
     checked = False
 
     def run(outputs: tuple, inputs: tuple, kwargs: dict) -> None:
         nonlocal checked, last
         if not checked:
             given = inputs
-            inputs = as_planned(given, expected)
+            inputs = as_planned(given, group.graph.inputs)
             checked = all(a is b for a, b in zip(given, inputs))
         at = [t.data_ptr() for t in inputs] + [t.data_ptr() for t in outputs]
         known, pointers = last
@@ -104,12 +104,12 @@ def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]
     return run
 
 
-def as_planned(tensors: tuple, expected: list[tuple[tuple, tuple]]) -> tuple:
-    """The tensors with these sizes and strides, copies where need be: an operator may lay out its result otherwise than its
-    fake one did."""
+def as_planned(tensors: tuple, values: list[Value]) -> tuple:
+    """The tensors laid out as these values, copies where need be: an operator may lay out its result otherwise than its fake
+    one did."""
     return tuple(
-        t if (tuple(t.shape), t.stride()) == e else torch.empty_strided(*e, dtype=t.dtype).copy_(t)
-        for t, e in zip(tensors, expected)
+        t if (t.shape, t.stride()) == (v.shape, v.strides) else torch.empty_strided(v.shape, v.strides, dtype=t.dtype).copy_(t)
+        for t, v in zip(tensors, values)
     )
 
 
@@ -215,7 +215,7 @@ void KERNEL(void **all_pointers, const long *all_sizes, long parts) {{
     def epilogue(self) -> str:
         layout, last = self.layout, self.last
         head, place = self._parameters()
-        line, deep = "\n    ", "\n        "
+        line = "\n    "
         before = self._column_sums("context->sums", "block", "begin")
         sums = f"__builtin_malloc(blocks * {len(self.columns) * 8} * sizes[{last}])" if self.columns else "0"
         rows = " * ".join(f"sizes[{k}]" for k in range(last)) or "1"
@@ -229,11 +229,7 @@ static void KERNEL_tile(const struct KERNEL_context *context, void *tile, long s
     {f"char *scratch = __builtin_malloc({layout.kept} * 8 * count);" if layout.kept else ""}
     {line.join(self._scratch("count"))}
     {line.join(before)}
-    for (long row = first; row < first + height; row++) {{
-        {deep.join(place)}
-        {deep.join(self._start_of_row())}
-        {deep.join(self._row())}
-    }}
+    {self._rows_of_tile(place)}
     {"__builtin_free(scratch);" if layout.kept else ""}
 }}
 void KERNEL(void **all_pointers, const long *all_sizes, void (*product)(), void **operands, const long *numbers, long blocks) {{
@@ -247,17 +243,21 @@ void KERNEL(void **all_pointers, const long *all_sizes, void (*product)(), void 
 
     def prologue(self) -> str:
         head, place = self._parameters()
-        line, deep = "\n    ", "\n        "
+        line = "\n    "
         return f"""
 void KERNEL(void **pointers, const long *sizes, void *tile, long stride, long first, long height, long begin, long count) {{
     {line.join(head)}
-    for (long row = first; row < first + height; row++) {{
+    {self._rows_of_tile(place)}
+}}
+"""
+
+    def _rows_of_tile(self, place: list[str]) -> str:
+        deep = "\n        "
+        return f"""for (long row = first; row < first + height; row++) {{
         {deep.join(place)}
         {deep.join(self._start_of_row())}
         {deep.join(self._row())}
-    }}
-}}
-"""
+    }}"""
 
     def _column_sums(self, memory: str, number: str, begin: str) -> list[str]:
         """Where a task's sums of columns are, from column `begin` on; they begin as zeros."""

@@ -21,7 +21,7 @@ from .kernels import Kernel
 from .layout import Layout
 from .passes.rewrites import make
 from .products import Products, product_operands
-from .space import contiguous, refine
+from .space import contiguous
 
 aten = torch.ops.aten
 
@@ -76,10 +76,9 @@ class Product:
         pointers, operands = ctypes.c_void_p * len(read), ctypes.c_void_p * 5
         core, blocks = ctypes.cast(matmul.entry(a.dtype), ctypes.c_void_p), matmul.blocks(a.shape[0], a.dtype)
         function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_long], None
-        expected = [(tuple(v.shape), tuple(v.strides)) for v in inputs]
 
-        def run(outputs: tuple, inputs: tuple, kwargs: dict, prologues: matmul.Prologues = matmul.NONE) -> None:
-            where = [t.data_ptr() for t in (*as_planned(inputs, expected), *outputs)]
+        def run(outputs: tuple, tensors: tuple, kwargs: dict, prologues: matmul.Prologues = matmul.NONE) -> None:
+            where = [t.data_ptr() for t in (*as_planned(tensors, inputs), *outputs)]
             find = lambda places: [None if i is None else where[i] for i in places]
             made = [p and ctypes.addressof(p) for p in prologues]
             function(pointers(*find(read)), sizes, core, operands(*find(own), *made), numbers, blocks)
@@ -152,10 +151,10 @@ def _combined(product: Equation, group: Equation, read: Value, kept: bool) -> Pr
         return None
     part, layout = group.op.parts[0], group.op.layouts[0]
     rows, columns = product.outputs.shape
-    if layout.columns not in (None, columns) or layout.sizes[-1] % columns or any(r.kind == "all" for r in layout.results):
+    if not layout.fits_rows(columns) or any(r.kind == "all" for r in layout.results):
         return None
     whole_rows = any(n.fold for n in layout.nodes) or any(r.kind == "row" for r in layout.results)
-    if refine([columns], layout.cuts) is None or whole_rows and columns > matmul.most_columns(product.outputs.dtype):
+    if whole_rows and columns > matmul.most_columns(product.outputs.dtype):
         return None
     inner = part.inputs[group.args.index(read)]
     tile = Value(f"{inner.name}_tile", inner.fake)

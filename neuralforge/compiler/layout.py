@@ -99,6 +99,11 @@ class Layout:
                 assert cuts is not None, "members of one group whose shapes don't fit together"
         return cuts
 
+    def fits_rows(self, columns: int) -> bool:
+        """Can it be laid out in rows of that length?"""
+        whole = self.columns in (None, columns) and self.sizes[-1] % columns == 0
+        return whole and refine([columns], self.cuts) is not None
+
     def _cuts_of(self, r: Role) -> list[int]:
         shape = r.over.shape if self._order is None else [r.over.shape[i] for i in self._order]
         return cuts_of(shape, self._scale(r))

@@ -49,6 +49,11 @@ class Plan:
     """Bytes in use at each equation, inputs and constants not counted."""
 
 
+def view_roots(graph: Graph) -> dict[Value, Value]:
+    """What each view is a view of, which may be one itself."""
+    return {v: eq.args[0] for eq in graph.equations if is_view(eq) for v in eq.results}
+
+
 def root_of(roots: dict[Value, Value], value: Value) -> Value:
     while value in roots:
         value = roots[value]
@@ -62,7 +67,7 @@ def is_view(eq: Equation) -> bool:
 
 def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value]) -> Plan:
     """Decide the storage of each value. `kernels` are the equations whose operator writes into a destination."""
-    roots = {v: eq.args[0] for eq in graph.equations if is_view(eq) for v in eq.results}
+    roots = view_roots(graph)
     plan = Plan(roots)
     birth: dict[Value, int] = {}
     death: dict[Value, int] = {}

@@ -24,10 +24,10 @@ from .kernels import Kernel
 from .layout import Layout
 from .passes.patterns import Program
 from .passes.rewrites import make
-from .plan import is_view
+from .plan import is_view, root_of, view_roots
 from .pointwise import price
 from .products import product_operands
-from .space import contiguous, refine
+from .space import contiguous
 
 aten = torch.ops.aten
 
@@ -90,11 +90,10 @@ class Prologued:
         ]
         shapes = {v: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device="meta") for v in self.makers}
         given = [shapes[v] if v in shapes else inputs.index(v) for v in product.args]
-        expected = [(tuple(v.shape), tuple(v.strides)) for v in inputs]
         own = {v for maker in self.makers.values() for v in maker.group.inputs}
 
         def run(outputs: tuple, tensors: tuple, kwargs: dict) -> None:
-            tensors = as_planned(tensors, expected)
+            tensors = as_planned(tensors, inputs)
             args = tuple(tensors[x] if isinstance(x, int) else x for x in given)
             kernel.run(outputs, args, kwargs, prologues=tuple(p and p(tensors) for p in prologues))
 
@@ -125,6 +124,8 @@ def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph
             gone |= {eq, *(view for _, _, maker in found for view in maker.views)}
             for product, v, maker in found:
                 makers.setdefault(product, {})[v] = maker
+    if not makers:
+        return graph, {}
     try:
         built = functions(prologue_source(maker.layout) for each in makers.values() for maker in each.values())
     except KernelError:  # the epilogues' code couldn't be built either, and that has been said
@@ -144,13 +145,18 @@ def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph
 
 def _found(graph: Graph, kernels: dict[Equation, Kernel]) -> Iterator[tuple[Equation, list[tuple[Equation, Value, Maker]]]]:
     """Equations that products can make on the way; and the products, the factors, and what makes these."""
-    program = Program(graph)
-    last = _last_reads(program)
+    program, roots = Program(graph), view_roots(graph)
+    last = {root_of(roots, v): i for i, eq in enumerate(graph.equations) if not is_view(eq) for v in eq.inputs}
     for eq in graph.equations:
         group = _group(eq)
         readers = _readers(program, group.results[0], kernels) if group is not None else None
         makers = _made(group, readers) if readers else None
-        if makers and not _longer_kept(group, max(program.position[product] for product, _, _ in readers), program, last):
+        if not makers:
+            continue
+        until = max(program.position[product] for product, _, _ in readers)
+        read = {root_of(roots, v) for v in group.inputs}
+        longer = [v for v in read if v in program.producers and v not in program.results and last[v] < until]
+        if sum(v.nbytes for v in longer) <= group.results[0].nbytes:  # they live on in its place
             yield eq, [(product, v, maker) for (product, v, _), maker in zip(readers, makers)]
 
 
@@ -190,9 +196,9 @@ def _readers(program: Program, v: Value, kernels: dict[Equation, Kernel]) -> lis
 def _times_read(product: Equation, v: Value) -> int:
     """How often `v` is read by the product and what is joined to it."""
     if not hasattr(product.op, "graph"):
-        return [*product.inputs].count(v)
+        return product.inputs.count(v)
     inside = product.op.graph.inputs[product.args.index(v)]
-    return sum([*eq.inputs].count(inside) for eq in product.op.graph.equations)
+    return sum(eq.inputs.count(inside) for eq in product.op.graph.equations)
 
 
 def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]]) -> list[Maker] | None:
@@ -209,7 +215,7 @@ def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]]
             columns = rows
         elif strides != (columns, 1):
             return None
-        if first.columns not in (None, columns) or first.sizes[-1] % columns or refine([columns], first.cuts) is None:
+        if not first.fits_rows(columns):
             return None
         layout = Layout(part, columns=columns)
         if len(layout.loops) != 1 or any(n.fold for n in layout.nodes) or layout.results[0].kind != "full" or layout.kept:
@@ -218,25 +224,3 @@ def _made(group: Equation, readers: list[tuple[Equation, Value, list[Equation]]]
         packed = matmul.times_packed(a.shape[0], b.shape[1], v.dtype, isinstance(product.op, Product), summed)
         times += packed[0 if left else 1]
     return found if work * (times - 1) <= AGAIN else None
-
-
-def _last_reads(program: Program) -> dict[Value, int]:
-    """Where the memory of each value is read last."""
-    last: dict[Value, int] = {}
-    for i, eq in enumerate(program.graph.equations):
-        if not is_view(eq):
-            last.update((_root(program, v), i) for v in eq.inputs)
-    return last
-
-
-def _root(program: Program, v: Value) -> Value:
-    while v in program.producers and is_view(program.producers[v]):
-        v = program.producers[v].args[0]
-    return v
-
-
-def _longer_kept(group: Equation, until: int, program: Program, last: dict[Value, int]) -> bool:
-    """Would more memory be taken by what the group reads, up to equation `until`, than by what it makes?"""
-    roots = {_root(program, v) for v in group.inputs}
-    freed = sum(v.nbytes for v in roots if v in program.producers and v not in program.results and last[v] < until)
-    return freed > group.results[0].nbytes

@@ -51,8 +51,8 @@ def rematerialise(
     graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value], budget: int | None
 ) -> tuple[Graph, dict[Equation, Kernel]]:
     """A graph of the same results whose planned peak is at most `budget` bytes, and its kernels, of which those of parts of
-    groups that run again aren't built yet (`built`); without a budget, as low as recomputing for `FRUGAL` of the program's time brings it. `kernels` and `donated` are what the memory plan
-    depends on. Raises MemoryBudgetError, telling the smallest budget that can be met."""
+    groups that run again aren't built yet (`built`); without a budget, as low as recomputing for `FRUGAL` of the program's
+    time brings it. `kernels` and `donated` are what the memory plan depends on. Raises MemoryBudgetError, telling the smallest budget that can be met."""
     search = _Search(graph, kernels, donated)
     if budget is None:
         search.save_what_is_cheap()

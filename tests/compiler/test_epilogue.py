@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import compiled, products
+from neuralforge.compiler import compiled
 from neuralforge.compiler.epilogue import join_epilogues
 from neuralforge.kernels import matmul, toolchain
 
@@ -13,23 +13,10 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.fixture
-def joined(monkeypatch):
+def joined(timed, joined_by):
     """The names of the joined equations, each pair being joined as if our kernel were the fastest."""
-    names = []
-
-    def get(self, key, measure):
-        self.table[key] = {"choice": "aten", "seconds": {"aten": 1.0, "own": 1.0}, "copy": 1.0}
-        return "aten"
-
-    def join(graph, found, prologues):
-        graph, kernels = join_epilogues(graph, found, prologues)
-        names.extend(eq.name for eq in kernels)
-        return graph, kernels
-
-    monkeypatch.setattr(products.Choices, "get", get)
-    monkeypatch.setattr(products.Choices, "save", lambda self: None)
-    monkeypatch.setattr(compiled, "join_epilogues", join)
-    return names
+    timed("aten")
+    return joined_by("join_epilogues")
 
 
 def test_recomputed_under_a_memory_budget(joined):
@@ -171,16 +158,10 @@ def test_sums_of_columns_of_a_bfloat16_product(joined):
     assert ((total.double() - d.double().sum(0)).abs() <= 2**-8 * d.double().abs().sum(0)).all()
 
 
-def test_not_joined_where_our_kernel_is_slower(monkeypatch):
+def test_not_joined_where_our_kernel_is_slower(monkeypatch, timed):
     calls = []
     monkeypatch.setattr(compiled, "join_epilogues", lambda *args: calls.append(join_epilogues(*args)) or calls[-1])
-
-    def get(self, key, measure):
-        self.table[key] = {"choice": "aten", "seconds": {"aten": 1.0, "own": 1.5}, "copy": 0.1}
-        return "aten"
-
-    monkeypatch.setattr(products.Choices, "get", get)
-    monkeypatch.setattr(products.Choices, "save", lambda self: None)
+    timed("aten", own=1.5, copy=0.1)
     same(lambda x, w: (torch.tanh(x @ w) * 2,), torch.randn(50, 20), torch.randn(20, 30))
     ((graph, kernels),) = calls
     assert not kernels

@@ -7,31 +7,16 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import compiled, products
-from neuralforge.compiler.prologue import join_prologues
 from neuralforge.kernels import matmul
 
 pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.fixture
-def joined(monkeypatch):
+def joined(timed, joined_by):
     """The names of the joined equations, all products being ours."""
-    names = []
-
-    def get(self, key, measure):
-        self.table[key] = {"choice": "own", "seconds": {"aten": 1.0, "own": 1.0}, "copy": 1.0}
-        return "own"
-
-    def join(graph, kernels):
-        graph, made = join_prologues(graph, kernels)
-        names.extend(eq.name for eq in made)
-        return graph, made
-
-    monkeypatch.setattr(products.Choices, "get", get)
-    monkeypatch.setattr(products.Choices, "save", lambda self: None)
-    monkeypatch.setattr(compiled, "join_prologues", join)
-    return names
+    timed("own")
+    return joined_by("join_prologues")
 
 
 def same(f, *args, rtol=1e-5):
@@ -40,7 +25,7 @@ def same(f, *args, rtol=1e-5):
 
 
 SIZES = [(2, 2, 2), (37, 24, 65), (130, 500, 90), (300, 900, 700)]
-HAND_OUT = {
+FORMS = {
     "left": lambda x, row, w: (torch.tanh(x) * row + 1) @ w,
     "right": lambda x, row, w: w.T @ (torch.tanh(x) * row + 1).T,
     "left, transposed": lambda x, row, w: (torch.tanh(x) * row + 1).T @ w[:1].expand(len(x), -1).contiguous(),
@@ -52,10 +37,10 @@ HAND_OUT = {
 
 
 @pytest.mark.parametrize("M, K, N", SIZES)
-@pytest.mark.parametrize("form", HAND_OUT)
+@pytest.mark.parametrize("form", FORMS)
 def test_forms(joined, M, K, N, form):
     torch.manual_seed(0)
-    same(HAND_OUT[form], torch.randn(M, K), torch.randn(K), torch.randn(K, N))
+    same(FORMS[form], torch.randn(M, K), torch.randn(K), torch.randn(K, N))
     assert any("tanh" in name and "_into_" in name for name in joined)
 
 

@@ -45,7 +45,7 @@ def test_budgets_are_met_and_results_are_the_same_bit_for_bit(problem):
     f = nf.value_and_grad(stack)
     (loss, grads), free = compiled(f, *problem)
     peaks = []
-    for share in (1.0, 0.9, 0.75, 0.6):
+    for share in (1.0, 0.9, 0.75, 0.6, 0.57):
         budget = int(share * peak(free))
         (loss2, grads2), held = compiled(f, *problem, budget=budget)
         assert peak(held) <= budget

@@ -105,7 +105,8 @@ struct tiles { stored *c; long ldc, add; epilogue finish; void *context; float *
    After a NaN nothing else matters to its row or column, so that this is quick where nothing but NaN is left. */
 static void add_special(struct operand a, struct operand b, struct block to, long k) {
     float *c = to.at;
-    stored *made_a = a.made ? __builtin_malloc(a.count * k * sizeof(stored)) : 0, *made_b = b.made ? __builtin_malloc(b.count * k * sizeof(stored)) : 0;
+    stored *made_a = a.made ? __builtin_malloc(a.count * k * sizeof(stored)) : 0;
+    stored *made_b = b.made ? __builtin_malloc(b.count * k * sizeof(stored)) : 0;
     if (a.made) a = made(a, k, made_a, a.step == 1 ? k : a.count);
     if (b.made) b = made(b, k, made_b, b.step == 1 ? k : b.count);
     #define AT(x, i, p) ((x).at[(i) * (x).apart + (p) * (x).step])

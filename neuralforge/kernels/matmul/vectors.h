@@ -63,8 +63,8 @@ INLINE void end_products(Tiles before) { (void)before; }
 
 /* A tile of registers, MR x NR: `to` = `from` + a b over k cells; `from`, which may be null for zeros, and `to` have their
    rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16. Meanwhile the caches fetch, for later: part of the
-   next panel of b, rows of `to`, and two lines each of as many rows of A, `ahead_down` bytes apart. All of it is spread over the loop: with a
-   dozen lines under way a core waits. */
+   next panel of b, rows of `to`, and two lines each of as many rows of A, `ahead_down` bytes apart. All of it is spread over
+   the loop: with a dozen lines under way a core waits. */
 #ifdef ROWS
 #define STEP_ROW(at, i, low, high) \
     "vbroadcastss " at "*" PANEL_A "+4*" #i "(%[a]), " EVEN "\n\t" \

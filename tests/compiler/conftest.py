@@ -1,0 +1,38 @@
+"""What the compiler's tests share."""
+
+import pytest
+
+from neuralforge.compiler import compiled, products
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Called with a choice, that is made for every product, as if it had been timed so; none is remembered."""
+
+    def timed(choice: str, own: float = 1.0, copy: float = 1.0) -> None:
+        def get(self, key, measure):
+            self.table[key] = {"choice": choice, "seconds": {"aten": 1.0, "own": own}, "copy": copy}
+            return choice
+
+        monkeypatch.setattr(products.Choices, "get", get)
+        monkeypatch.setattr(products.Choices, "save", lambda self: None)
+
+    return timed
+
+
+@pytest.fixture
+def joined_by(monkeypatch):
+    """Called with the name of a step of `Compiled` that joins equations: the list in which their names will be."""
+
+    def joined_by(step: str) -> list[str]:
+        names, real = [], getattr(compiled, step)
+
+        def join(*args):
+            graph, kernels = real(*args)
+            names.extend(eq.name for eq in kernels)
+            return graph, kernels
+
+        monkeypatch.setattr(compiled, step, join)
+        return names
+
+    return joined_by
