@@ -93,8 +93,8 @@ static int pack(int as_a, struct operand x, long k, long depth, cell *out) {
     return found;
 }
 
-/* A multiple of 4 where there are many, for threads to have equal shares. */
-long matmul_blocks(long M) { long n = parts(M, MC); return n < 3 ? n : parts(n, 4) * 4; }
+/* Two if they aren't tiny, a multiple of 4 where there are many: for threads to have equal shares. */
+long matmul_blocks(long M) { long n = most(parts(M, MC), least(2, M / 64)); return n < 3 ? n : parts(n, 4) * 4; }
 /* The most columns of a tile: an epilogue on no more gets whole rows. */
 long matmul_columns(void) { return NC; }
 

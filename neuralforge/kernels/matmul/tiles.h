@@ -17,7 +17,7 @@
 #define TERMS 3
 #endif
 #define KC 384
-#define MC 256
+#define MC 384
 #define NC 1536
 #define SLICE KC
 #define GROUP 1
@@ -26,10 +26,12 @@ INLINE long cells_of(long k) { return parts(k, UNIT) * 16 * TERMS; }
 
 /* `to` = `from`, if it isn't null, + a b over k cells of a row; rows of both are `from_down` and `to_down` apart. `narrow`:
    `to` is of bfloat16. Four tiles of sums leave two for a and two for b; each is loaded anew as soon as it has been read,
-   to be there again one or two products later. */
+   to be there again one or two products later. Meanwhile the caches fetch part of the panel at `next`, and rows of `to`, one
+   line after the other: all at once they would hold up the loads of tiles. */
 static void registers(const cell *a, const cell *b, long k, const float *from, long from_down, void *to, long to_down,
                       long narrow, const cell *next, const char *ahead, long ahead_down) {
     float wide[16 * NR] __attribute__((aligned(64)));
+    const char *row = to;
     if (from) {
         LOAD(0, from, from_down);
         LOAD(1, from + 16, from_down);
@@ -44,7 +46,8 @@ static void registers(const cell *a, const cell *b, long k, const float *from, l
     /* Half a microsecond without an operation on vectors, and their units are switched off, the stores of tiles with them: it
        takes 0.2 us to have them back (measured on a Granite Rapids). */
     #define WAKE __asm__ volatile("vaddps %%zmm0, %%zmm0, %%zmm0" ::: "xmm0")
-    #define FETCH_PANEL for (int i = 0; i < 4 * TERMS; i++, next += 16) __builtin_prefetch(next, 0, 2);
+    #define FETCH_PANEL __builtin_prefetch(next, 0, 2); next += 16;
+    #define FETCH_ROW __asm__ volatile("prefetchw (%0)\n\tprefetchw 64(%0)" :: "r"(row)); row += to_down * (narrow ? sizeof(stored) : 4);
     #define A_HIGH(term) LOAD(4, a + 512 * (term), 16)
     #define A_LOW(term) LOAD(5, a + 512 * (term) + 256, 16)
     #define B_LEFT(term) LOAD(6, b + 512 * (term), 16)
@@ -55,14 +58,16 @@ static void registers(const cell *a, const cell *b, long k, const float *from, l
     #define LOW_RIGHT MULTIPLY(3, 5, 7)
     if (k) { A_HIGH(0); B_LEFT(TERMS - 1); A_LOW(0); B_RIGHT(TERMS - 1); }
     while (k) {
-        FETCH_PANEL
         WAKE;
 #if TERMS == 3
-        HIGH_LEFT; LOW_LEFT; B_LEFT(1); HIGH_RIGHT; LOW_RIGHT; B_RIGHT(1);
-        HIGH_LEFT; LOW_LEFT; HIGH_RIGHT; A_HIGH(1); LOW_RIGHT; A_LOW(1);
-        HIGH_LEFT; HIGH_RIGHT; LOW_LEFT; B_LEFT(0); LOW_RIGHT; B_RIGHT(0);
-        HIGH_LEFT; LOW_LEFT; HIGH_RIGHT; A_HIGH(0); LOW_RIGHT; A_LOW(0);
-        HIGH_LEFT; HIGH_RIGHT; A_HIGH(2); LOW_LEFT; LOW_RIGHT; A_LOW(2);
+        HIGH_LEFT; FETCH_PANEL LOW_LEFT; B_LEFT(1); HIGH_RIGHT; FETCH_PANEL LOW_RIGHT; B_RIGHT(1); FETCH_ROW
+        HIGH_LEFT; FETCH_PANEL LOW_LEFT; HIGH_RIGHT; FETCH_PANEL A_HIGH(1); LOW_RIGHT; A_LOW(1);
+        HIGH_LEFT; FETCH_PANEL HIGH_RIGHT; LOW_LEFT; FETCH_PANEL B_LEFT(0); LOW_RIGHT; B_RIGHT(0); FETCH_ROW
+        HIGH_LEFT; FETCH_PANEL LOW_LEFT; HIGH_RIGHT; FETCH_PANEL A_HIGH(0); LOW_RIGHT; A_LOW(0);
+        HIGH_LEFT; FETCH_PANEL HIGH_RIGHT; A_HIGH(2); LOW_LEFT; FETCH_PANEL LOW_RIGHT; A_LOW(2); FETCH_ROW
+        FETCH_PANEL FETCH_PANEL
+#else
+        FETCH_PANEL FETCH_PANEL FETCH_PANEL FETCH_PANEL FETCH_ROW FETCH_ROW FETCH_ROW
 #endif
         k -= 16 * TERMS;
         if (k) a += MR * 16 * TERMS, b += NR * 16 * TERMS;
@@ -138,7 +143,10 @@ INLINE int pack_tile(const int by_k, const stored *x, long apart, long step, lon
             even[i] = either(low, high, 0), odd[i] = either(low, high, 1);
         }
     } else
-        for (int i = 0; i < 16; i++) even[i] = load_f(x + 2 * i * step), odd[i] = load_f(x + (2 * i + 1) * step);
+        for (int i = 0; i < 16; i++) {
+            __builtin_prefetch(x + (UNIT + 2 * i) * step), __builtin_prefetch(x + (UNIT + 2 * i + 1) * step);
+            even[i] = load_f(x + 2 * i * step), odd[i] = load_f(x + (2 * i + 1) * step);
+        }
     words large = {}; /* the highest bit tells */
     for (int i = 0; i < 16; i++) large |= (bits_of(even[i]) + (0x80000000u - GREAT)) | (bits_of(odd[i]) + (0x80000000u - GREAT));
     int found = 0;
@@ -157,11 +165,13 @@ INLINE int pack_panels(const int by_k, const stored *x, long apart, long step, l
     int found = 0;
     unsigned control = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(control | 0x8040); /* terms below the normal numbers: zero at once, which is quicker */
-    for (long i = 0; i < count; i += 32, out += 32 * depth)
-        for (long j = 0; j < k; j += UNIT)
-            for (int half = 0; half < 2; half++)
-                found |= pack_tile(by_k, x + (i + 16 * half) * apart + j * step, apart, step, most(0, least(16, count - i - 16 * half)),
-                                   least(UNIT, k - j), out + cells_of(j) * 32 + 256 * half);
+    long panels = parts(count, 32), units = parts(k, UNIT);
+    for (long turn = 0; turn < panels * units; turn++) { /* along the rows that are in memory */
+        long i = 32 * (step == 1 ? turn / units : turn % panels), j = UNIT * (step == 1 ? turn % units : turn / panels);
+        for (int half = 0; half < 2; half++, i += 16)
+            found |= pack_tile(by_k, x + i * apart + j * step, apart, step, most(0, least(16, count - i)), least(UNIT, k - j),
+                               out + i / 32 * 32 * depth + cells_of(j) * 32 + 256 * half);
+    }
     __builtin_ia32_ldmxcsr(control);
     return found;
 }
