@@ -7,7 +7,7 @@
    What registers hold, and how operands are packed for them, is in vectors.h and tiles.h. */
 
 #define SHARED (2 << 20)           /* cells of packed B, */
-#define DEEP 3072                  /* of so much of k, if it can't be of all */
+#define DEEP (3072 / KC)           /* of so many blocks of k, if it can't be of all */
 #define MOST ((MC + NR - 1) / NR * NR) /* rows or columns that a thread packs for itself */
 #define SERIAL 65536               /* multiplications that one thread does alone */
 #define MADE 128                   /* numbers along k that are made at once */
@@ -144,12 +144,14 @@ static void add_up(struct operand x, long k, float *sums, int anew) {
 /* What a product needs. One operand is packed by all threads, as much of it as SHARED holds. That is b, but for a flat
    product: the fewer vectors it has, the oftener each is used while it is in a cache. Epilogues get rows as long as can be, and sums of rows all of a.
    Partial sums are in c, if that is of floats, else in a tile of the thread's own; with an epilogue, the results too.
+   k is taken in blocks of equal depth.
    Bytes: `shared` and `sums` once, `own` for each thread, the first of them `packed`. */
-struct needs { int flat, direct, several, threads; long deep, wide, shared, sums, packed, own; };
+struct needs { int flat, direct, several, threads; long block, deep, wide, shared, sums, packed, own; };
 
 static struct needs needs_of(long M, long N, long K, int finish, int sums) {
     struct needs x = {.flat = !finish && !sums && 2 * M <= N, .direct = !finish && sizeof(stored) == sizeof(float)};
-    x.deep = K == 0 ? 1 : finish || K < DEEP ? K : DEEP;
+    x.block = most(UNIT, up(parts(K, most(1, parts(K, KC))), UNIT));
+    x.deep = K == 0 ? 1 : finish || K <= DEEP * x.block ? K : DEEP * x.block;
     x.several = x.deep < K && !x.direct; /* shares of k: sums of all tiles have to be kept */
     long width = x.flat ? MR : NR, fit = SHARED / cells_of(x.deep);
     x.wide = least(up(x.flat ? M : N, width), up(most(fit, NC), width));
@@ -157,7 +159,7 @@ static struct needs needs_of(long M, long N, long K, int finish, int sums) {
     x.sums = x.several ? up(M, MR) * up(N, NR) * sizeof(float) : 0;
     x.threads = (double)M * N * K > SERIAL ? omp_get_max_threads() : 1;
     long vectors = least(MOST, x.flat ? up(N, NR) : up(M, MR));
-    x.packed = up(vectors * cells_of(least(KC, K)) * sizeof(cell), 64);
+    x.packed = up(vectors * cells_of(x.block) * sizeof(cell), 64);
     x.own = x.packed + (x.direct || x.several ? 0 : vectors * (least(NC, x.flat ? M : N) + NR) * sizeof(float));
     return x;
 }
@@ -181,15 +183,16 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
         for (long n = 0; n < all.count; n += x.wide)
             for (long k = 0; k == 0 || k < K; k += x.deep) {
                 long depth = least(x.deep, K - k), width = least(x.wide, all.count - n), panels = parts(width, all.width);
-                /* packed: blocks of KC deep one after the other, panels within them */
-                long slices = parts(depth, SLICE), groups = parts(width, GROUP * all.width);
+                /* packed: blocks one after the other, panels within them */
+                long slice = up(parts(x.block, SLICES), UNIT), slices = SLICES * parts(depth, x.block), groups = parts(width, GROUP * all.width);
                 #pragma omp for schedule(dynamic, 1) reduction(|:special_all)
                 for (long task = 0; task < slices * groups; task++) {
-                    long from = task / groups * SLICE, j = task % groups * GROUP * all.width, block = from / KC * KC;
-                    long high = cells_of(least(KC, depth - block));
+                    long block = task / groups / SLICES * x.block, within = task / groups % SLICES * slice, from = block + within;
+                    long j = task % groups * GROUP * all.width, high = cells_of(least(x.block, depth - block));
+                    if (from >= depth) continue;
                     struct operand some = part_of(all, n + j, n + least(width, j + GROUP * all.width), k + from);
-                    special_all |= pack(flat, some, least(SLICE, depth - from), high,
-                        shared + cells_of(block) * panels * all.width + j * high + cells_of(from - block) * all.width);
+                    special_all |= pack(flat, some, least(least(slice, x.block - within), depth - from), high,
+                        shared + cells_of(block) * panels * all.width + j * high + cells_of(within) * all.width);
                 }
                 long blocks = matmul_blocks(each.count), rows = parts(each.count, each.width);
                 /* more tasks where there are many threads; an epilogue may need whole rows */
@@ -206,8 +209,8 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
                     /* the narrow results of a tile are written over sums already read */
                     if (to.finish) c = (struct block){sums.at, narrow ? 2 * down : down, narrow, 1};
                     if (direct) sums = c;
-                    for (long block = 0; block == 0 || block < depth; block += KC) {
-                        long deeper = least(KC, depth - block), high = cells_of(deeper), begin = k + block;
+                    for (long block = 0; block == 0 || block < depth; block += x.block) {
+                        long deeper = least(x.block, depth - block), high = cells_of(deeper), begin = k + block;
                         int more = begin > 0 || to.add, last = begin + deeper >= K;
                         struct operand mine = part_of(each, top, bottom, begin), theirs = part_of(all, n + left, n + right, begin);
                         int special_mine = pack(!flat, mine, deeper, high, own);
@@ -217,7 +220,7 @@ static void one(struct operand a, struct operand b, const stored *bias, struct t
                         if (block + deeper >= depth) then = k, at = least(rows - 1, rows * ((task + threads) % blocks) / blocks) * each.width;
                         const char *from = each.made ? each.made->ahead : (char *)each.at;
                         long size = each.made ? each.made->size : sizeof(stored);
-                        struct ahead next = {from + (at * each.apart + then * each.step) * size, least(KC, K - then) * size, each.apart * size};
+                        struct ahead next = {from + (at * each.apart + then * each.step) * size, least(x.block, K - then) * size, each.apart * size};
                         if (each.apart == 1) next.bytes = least(mine.count, each.count - at) * size, next.apart = each.step * size;
                         cell *packed = shared + cells_of(block) * panels * all.width + left * high;
                         struct operand rows_here = flat ? theirs : mine, columns_here = flat ? mine : theirs;

@@ -19,7 +19,7 @@
 #define KC 384
 #define MC 384
 #define NC 1536
-#define SLICE KC
+#define SLICES 1
 #define GROUP 1
 
 INLINE long cells_of(long k) { return parts(k, UNIT) * 16 * TERMS; }

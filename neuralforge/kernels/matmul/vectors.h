@@ -51,8 +51,8 @@ INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
 #define KC (384 * UNIT)            /* of k at once: a panel of B stays in the L1 cache, */
 #define MC (112 / MR * MR)         /* rows of a tile: its part of A in the L2 cache, */
 #define NC 768                     /* and columns. */
-#define SLICE (KC / 3)             /* of B, packed by one thread at once: so deep */
-#define GROUP 4                    /* and so many panels */
+#define SLICES 3                   /* of a block of B, packed by one thread at once */
+#define GROUP 4                    /* of so many panels */
 
 /* Cells that hold k numbers of a row or a column. */
 INLINE long cells_of(long k) { return parts(k, UNIT); }
