@@ -60,7 +60,7 @@ def table(dtype, N, V, D) -> Case:
 
 def turned(dtype, B, T, H, K, width) -> Case:
     x, cos, sin = torch.randn(B, T, H, K).to(dtype).transpose(1, 2), torch.randn(T, width), torch.randn(T, width)
-    operands = [(x, cos, sin, transposed) for transposed in (False, True)]
+    operands = [(x, cos, sin, back, interleaved) for back in (False, True) for interleaved in (False, True)]
     return lambda: near([rotary.rotary(*x) for x in operands], [rotary.reference(*x) for x in operands])
 
 

@@ -9,12 +9,13 @@ from .table import Derivative, linear, rule
 
 
 @rule("neuralforge::rotary")
-def rotary(y, x, cos, sin, transposed=False):
-    of_cos = lambda t: kernel.rotary(x, t, torch.zeros_like(t), transposed)
-    of_sin = lambda t: kernel.rotary(x, torch.zeros_like(t), t, transposed)
+def rotary(y, x, cos, sin, transposed=False, interleaved=False):
+    of_cos = lambda t: kernel.rotary(x, t, torch.zeros_like(t), transposed, interleaved)
+    of_sin = lambda t: kernel.rotary(x, torch.zeros_like(t), t, transposed, interleaved)
     return (
-        linear(lambda g: kernel.rotary(g, cos, sin, not transposed)),
-        Derivative(lambda g: kernel.gradient_of_cos(g, x, cos), of_cos),
-        Derivative(lambda g: kernel.gradient_of_sin(g, x, sin, transposed), of_sin),
+        linear(lambda g: kernel.rotary(g, cos, sin, not transposed, interleaved)),
+        Derivative(lambda g: kernel.gradient_of_cos(g, x, cos, interleaved), of_cos),
+        Derivative(lambda g: kernel.gradient_of_sin(g, x, sin, transposed, interleaved), of_sin),
+        None,
         None,
     )
