@@ -206,6 +206,7 @@ class _Shape(ctypes.Structure):
     _fields_ += [("mask", _Tensor), ("mask_s", long)]
     _fields_ += [("sequences", long), ("q_starts", ctypes.c_void_p), ("k_starts", ctypes.c_void_p), ("q0", long), ("k0", long)]
     _fields_ += [("seed", ctypes.c_void_p)]
+    _fields_ += [("ahead", ctypes.c_void_p)]  # its own
     _fields_ += [("scale", ctypes.c_float), ("kept", ctypes.c_float), ("threshold", ctypes.c_uint)]
 
 

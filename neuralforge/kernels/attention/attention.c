@@ -38,6 +38,13 @@ typedef float item;
 enum { NUMBERS = 1, ROWS = MR, COLUMNS = L };
 #endif
 typedef struct { void *at; long b, h, t; } Tensor; /* [batch][head][time][contiguous], strides in elements */
+
+/* Rows that the caches fetch while products run, a few lines with each: those of a head lie far apart, and no CPU foresees them.
+   First what is to be written, then what this thread may read next; at most FETCHED of each. */
+typedef struct { const char *at; long step, rows; int written; } Rows;
+typedef struct { Rows part[8]; int count, now; long bytes, at, lines; } Ahead; /* bytes of a row; lines with a product */
+enum { FETCHED = 512 };
+
 typedef struct {
     long B, H, G, T, S, K, left, right;
     Tensor mask; /* null without one */
@@ -46,6 +53,7 @@ typedef struct {
     const long *q_starts, *k_starts; /* where they begin, and the last one ends; null where nothing is packed */
     long q0, k0; /* where the sequence at hand begins */
     const long *seed; /* and offset; null without dropout */
+    Ahead *ahead; /* never null within a part of the work */
     float scale, kept; /* kept: 1 / (1 - dropout); a weight is kept whose number is at least the threshold */
     unsigned threshold;
 } Shape;
@@ -53,6 +61,25 @@ typedef struct { Tensor q, k, v, out, lse, g, g_lse, dq, dk, dv; } Arrays; /* g_
 
 INLINE stored *row(Tensor x, long b, long h, long t) { return (stored *)x.at + b * x.b + h * x.h + t * x.t; }
 INLINE float *row_f(Tensor x, long b, long h, long t) { return (float *)x.at + b * x.b + h * x.h + t * x.t; }
+
+/* At this rate the rows of a head of 256 tokens come while causal attention works on another: `products` of each block of scores. */
+INLINE Ahead nothing_ahead(const Shape *z, int products) {
+    long bytes = z->K * sizeof(stored), height = NUMBERS == 1 ? ROWS : COLUMNS;
+    return (Ahead){.bytes = bytes, .lines = parts(bytes * height, 40 * products)};
+}
+INLINE void foresee(Ahead *a, Tensor x, long b, long h, long t, long rows, int written) {
+    if (rows > 0) a->part[a->count++] = (Rows){(char *)row(x, b, h, t), x.t * sizeof(stored), least(rows, FETCHED), written};
+}
+INLINE void fetch(Ahead *a) {
+    for (long i = 0; i < a->lines && a->now < a->count; i++) {
+        Rows *x = a->part + a->now;
+        if (x->written) __builtin_prefetch(x->at + a->at, 1, 2);
+        else __builtin_prefetch(x->at + a->at, 0, 2);
+        if ((a->at += 64) < a->bytes) continue;
+        a->at = 0, x->at += x->step;
+        if (--x->rows == 0) a->now++;
+    }
+}
 
 /* ---- vectors */
 
@@ -212,6 +239,7 @@ static void scores(const Shape *z, Block w, const item *a, long P, const item *b
         long rows = least(COLUMNS, up(w.nk - i, ROWS));
         long from = first_query(z, w, i) / L * L, to = up(last_query(z, w, i, COLUMNS), L);
         if (from >= to) continue;
+        fetch(z->ahead);
         cell_product(rows, to - from, P / 2, a + i * P / 2, P / 2, b + from, BQ, s + i * BQ + from, BQ, 0);
         if (factor == 1) continue;
         for (long t = i; t < i + rows; t++)
@@ -257,6 +285,7 @@ static void to_queries(const Shape *z, Block w, const item *s, const item *x, lo
             if (!same) for (long k = 0; k < P; k++) store_f(c + k * BQ + i, load_f(c + k * BQ + i) * y);
         }
         long from = first_key(z, w, j) / 32 * 32, to = up(last_key(z, w, j, COLUMNS), 32);
+        fetch(z->ahead);
         if (from < to) cell_product(P, width, (to - from) / 2, x + from / 2, BK / 2, s + from / 2 * BQ + j, BQ, c + j, BQ, 1);
     }
 }
@@ -266,6 +295,7 @@ static void to_keys(const Shape *z, Block w, const item *s, const item *x, long 
     for (long i = 0; i < w.nk; i += COLUMNS) {
         long from = first_query(z, w, i) / 32 * 32, to = up(last_query(z, w, i, COLUMNS), 32);
         long rows = least(COLUMNS, up(w.nk - i, ROWS));
+        fetch(z->ahead);
         if (from < to) cell_product(rows, P, (to - from) / 2, s + i * BQ + from / 2, BQ, x + from / 2 * P, P, c + i * P, P, 1);
     }
 }
@@ -277,6 +307,7 @@ INLINE void end_products(Tiles before) { (void)before; }
 static void scores(const Shape *z, Block w, const item *a, long P, const item *b, float factor, float *s) {
     for (long i = 0; i < w.nk; i += MR) {
         long from = first_query(z, w, i) / L * L, to = up(last_query(z, w, i, MR), L);
+        fetch(z->ahead);
         if (from < to) product(to - from, z->K, a + i * P, P, 1, b + from, BQ, s + i * BQ + from, BQ, 0);
     }
 }
@@ -288,6 +319,7 @@ INLINE const item *paired_queries(const Shape *z, Block w, float *s) { return s;
 static void to_queries(const Shape *z, Block w, const float *s, const float *x, long P, float *c, const float *beta) {
     for (long i = 0; i < w.nq; i += MR) {
         long from = first_key(z, w, i), n = most(0, last_key(z, w, i, MR) - from);
+        fetch(z->ahead);
         product(P, n, s + from * BQ + i, 1, BQ, x + from * P, P, c + i * P, P, beta ? beta + i : 0);
     }
 }
@@ -297,6 +329,7 @@ static void to_keys(const Shape *z, Block w, const float *s, const float *x, lon
     static const float one[MR] = {1, 1, 1, 1};
     for (long i = 0; i < w.nk; i += MR) {
         long from = first_query(z, w, i), n = last_query(z, w, i, MR) - from;
+        fetch(z->ahead);
         if (n > 0) product(P, n, s + i * BQ + from, BQ, 1, x + from * P, P, c + i * P, P, one);
     }
 }
@@ -421,10 +454,21 @@ static void forward_part(const Shape *z, const Arrays *x, long b, long h, long q
     }
 }
 
+/* The n-th part of the work: a head's queries q .. q + nq, `run` blocks of them; of causal heads the longest first. */
+typedef struct { Shape z; Arrays x; long b, h, g, q, nq; } Part;
+
+static Part forward_of(const Shape *z, const Arrays *x, long n, long heads, long run) {
+    Part p = {.h = n % z->H, .g = n % z->H / (z->H / z->G)};
+    p.b = sequence(z, x, n % heads / z->H, &p.z, &p.x);
+    p.q = (parts(p.z.T, run * BQ) - 1 - n / heads) * run * BQ;
+    p.nq = p.q < 0 ? 0 : least(run * BQ, p.z.T - p.q);
+    return p;
+}
+
 /* A part for each head; for parts of heads, where those are few for the threads. Returns nonzero without memory. */
 long attention_forward(const Shape *z, const Arrays *x) {
     long P = up(z->K, NUMBERS * L), heads = (z->q_starts ? z->sequences : z->B) * z->H, blocks = up(z->T, BQ) / BQ, failed = 0;
-    long run = clamp(blocks * heads / (6 * omp_get_max_threads()), 1, blocks), parts = up(blocks, run) / run;
+    long threads = omp_get_max_threads(), run = clamp(blocks * heads / (6 * threads), 1, blocks), all = parts(blocks, run) * heads;
     long size = 2 * BQ * P + 2 * up(z->S, BK) * P / NUMBERS + BK * (BQ + BQ / 2 + L) + 3 * BQ + 10 * 16;
     #pragma omp parallel reduction(| : failed)
     {
@@ -432,12 +476,20 @@ long attention_forward(const Shape *z, const Arrays *x) {
         failed |= !memory;
         Tiles before = begin_products();
         #pragma omp for schedule(dynamic)
-        for (long n = 0; n < parts * heads; n++) {
-            Shape own;
-            Arrays own_x;
-            long b = sequence(z, x, n % heads / z->H, &own, &own_x);
-            long q = ((own.T + run * BQ - 1) / (run * BQ) - 1 - n / heads) * run * BQ; /* causal: the longest first */
-            if (memory && q >= 0) forward_part(&own, &own_x, b, n % z->H, q, least(run * BQ, own.T - q), memory);
+        for (long n = 0; n < all; n++) {
+            Part own = forward_of(z, x, n, heads, run);
+            if (!memory || own.nq == 0) continue;
+            Ahead ahead = nothing_ahead(z, 2);
+            foresee(&ahead, own.x.out, own.b, own.h, own.q, own.nq, 1);
+            if (n + threads < all) {
+                Part then = forward_of(z, x, n + threads, heads, run);
+                long first = most(0, then.q - z->left), seen = least(then.z.S, then.q + then.nq + z->right) - first;
+                foresee(&ahead, then.x.q, then.b, then.h, then.q, then.nq, 0);
+                foresee(&ahead, then.x.k, then.b, then.g, first, seen, 0);
+                foresee(&ahead, then.x.v, then.b, then.g, first, seen, 0);
+            }
+            own.z.ahead = &ahead;
+            forward_part(&own.z, &own.x, own.b, own.h, own.q, own.nq, memory);
         }
         end_products(before);
         free(memory);
@@ -551,15 +603,32 @@ long attention_backward(const Shape *z, const Arrays *x) {
             Shape own;
             Arrays own_x;
             if (!memory) continue;
+            Ahead ahead = nothing_ahead(z, 5);
             if (whole) {
-                long b = sequence(z, x, n / z->G, &own, &own_x);
-                backward_part(&own, &own_x, b, n % z->G * share, share, 0, own.T, 0, own.S, 1, 1, memory);
+                long b = sequence(z, x, n / z->G, &own, &own_x), g = n % z->G, h = g * share;
+                foresee(&ahead, own_x.dq, b, h, 0, own.T, 1);
+                foresee(&ahead, own_x.dk, b, g, 0, own.S, 1);
+                foresee(&ahead, own_x.dv, b, g, 0, own.S, 1);
+                if (n + threads < parts) {
+                    Shape then;
+                    Arrays then_x;
+                    long b = sequence(z, x, (n + threads) / z->G, &then, &then_x), g = (n + threads) % z->G, h = g * share;
+                    foresee(&ahead, then_x.k, b, g, 0, then.S, 0);
+                    foresee(&ahead, then_x.v, b, g, 0, then.S, 0);
+                    foresee(&ahead, then_x.q, b, h, 0, then.T, 0);
+                    foresee(&ahead, then_x.g, b, h, 0, then.T, 0);
+                    foresee(&ahead, then_x.out, b, h, 0, then.T, 0);
+                }
+                own.ahead = &ahead;
+                backward_part(&own, &own_x, b, h, share, 0, own.T, 0, own.S, 1, 1, memory);
             } else if (n < heads * q_parts) {
                 long head = n / q_parts, i = n % q_parts * BQ, b = sequence(z, x, head / z->H, &own, &own_x);
+                own.ahead = &ahead;
                 if (i < own.T) backward_part(&own, &own_x, b, head % z->H, 1, i, least(BQ, own.T - i), 0, own.S, 1, 0, memory);
             } else {
                 long part = n - heads * q_parts, group = part / k_parts, i = part % k_parts * BK;
                 long b = sequence(z, x, group / z->G, &own, &own_x), h = group % z->G * share;
+                own.ahead = &ahead;
                 if (i < own.S) backward_part(&own, &own_x, b, h, share, 0, own.T, i, least(BK, own.S - i), 0, 1, memory);
             }
         }
