@@ -63,7 +63,67 @@ def by_parts_backwards(x, cos, sin):
     return torch.cat([y1, y2], 3).to(x.dtype).transpose(1, 2)
 
 
-FORMS = [chunked, sliced, for_each_batch, the_other_way_round, split_with_sizes, by_parts, by_parts_backwards]
+def halves_unbound(x, cos, sin):
+    """As lucidrains has it."""
+    a, b = x.unflatten(-1, (2, K // 2)).unbind(-2)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def interleaved(x, cos, sin):
+    a, b = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, : K // 2], sin[:, : K // 2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def interleaved_backwards(x, cos, sin):
+    x = x.transpose(1, 2)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, : K // 2], sin[:, None, : K // 2]
+    return torch.stack([b * sin + a * cos, b * cos - a * sin], 4).flatten(-2).transpose(1, 2)
+
+
+def of_one_table(x, cos, sin):
+    """As torchtune has it, of [B, T, H, K]."""
+    table = torch.view_as_real(torch.complex(cos[:, : K // 2], sin[:, : K // 2])).view(1, T, 1, K // 2, 2)
+    x = x.transpose(1, 2)
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    turned = torch.stack([
+        pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1],
+        pairs[..., 1] * table[..., 0] + pairs[..., 0] * table[..., 1],
+    ], -1)  # fmt: skip
+    return turned.flatten(3).type_as(x).transpose(1, 2)
+
+
+def rotate_every_two(x):
+    """As GPT-J has it in transformers."""
+    x1, x2 = x[:, :, :, ::2], x[:, :, :, 1::2]
+    return torch.stack((-x2, x1), dim=-1).flatten(-2)
+
+
+def every_two(x, cos, sin):
+    cos, sin = (torch.repeat_interleave(t[None, None, :, : K // 2], 2, 3) for t in (cos, sin))
+    return (x * cos) + (rotate_every_two(x) * sin)
+
+
+def every_two_unbound(x, cos, sin):
+    """As lucidrains has it, with another angle for each number."""
+    a, b = x.view(*x.shape[:-1], -1, 2).unbind(-1)
+    return x * cos + torch.stack((-b, a), -1).view(x.shape) * sin
+
+
+def as_complex(x, table, also=lambda z: 0):
+    """As Meta's Llama has it."""
+    z = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * table
+    return torch.view_as_real(z).flatten(3).type_as(x) + also(z)
+
+
+def by_complex_numbers(x, cos, sin):
+    table = torch.complex(cos[:, : K // 2], sin[:, : K // 2]).view(1, T, 1, K // 2)
+    return as_complex(x.transpose(1, 2), table).transpose(1, 2)
+
+
+FORMS = [chunked, sliced, for_each_batch, the_other_way_round, split_with_sizes, by_parts, by_parts_backwards, halves_unbound]
+INTERLEAVED = [interleaved, interleaved_backwards, of_one_table, every_two, every_two_unbound]
 
 
 def in_float32(x, cos, sin):
@@ -95,11 +155,11 @@ def names(f, *args):
 
 
 def assert_found(found, count):
-    left = [name for name in found if "cat" in name or "neg" in name or "split" in name or "slice_" in name]
+    left = [name for name in found if any(part in name for part in ("cat", "neg", "split", "slice_", "select_", "as_complex"))]
     assert found.count(ROTARY) == count and not left, found
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS + INTERLEAVED)
 def test_found_and_equal(form):
     x, w, cos, sin = operands()
     step = step_of(form)
@@ -107,11 +167,14 @@ def test_found_and_equal(form):
     torch.testing.assert_close(nf.jit(step)(w, x, cos, sin), step(w, x, cos, sin), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [in_float32, in_float32_by_promotion, sliced, by_parts_backwards])
+IN_BFLOAT16 = [sliced, by_parts_backwards, interleaved, every_two]
+
+
+@pytest.mark.parametrize("form", [in_float32, in_float32_by_promotion, of_one_table, by_complex_numbers, *IN_BFLOAT16])
 def test_in_bfloat16(form):
     """No further from the same step in float32 than PyTorch is, rounding by rounding."""
     x, w, cos, sin = operands(torch.bfloat16)
-    if form is sliced or form is by_parts_backwards:
+    if form in IN_BFLOAT16:
         cos, sin = cos.bfloat16(), sin.bfloat16()
     step = step_of(form, torch.bfloat16)
     assert_found(names(step, w, x, cos, sin), 4)
@@ -122,7 +185,7 @@ def test_in_bfloat16(form):
         assert (a - truth).abs().max() <= 1.1 * (b - truth).abs().max() + 1e-2 * truth.abs().max()
 
 
-@pytest.mark.parametrize("form", [in_float32, in_float32_by_promotion])
+@pytest.mark.parametrize("form", [in_float32, in_float32_by_promotion, of_one_table, by_complex_numbers])
 def test_the_same_bits_as_pytorch_but_for_fused_multiply_add(form):
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(B, H, T, K).bfloat16(), torch.randn(2, T, K).bfloat16().float()  # products are exact
@@ -131,7 +194,13 @@ def test_the_same_bits_as_pytorch_but_for_fused_multiply_add(form):
     assert torch.equal(nf.jit(form)(x, cos, sin), form(x, cos, sin))
 
 
-@pytest.mark.parametrize("form", [chunked, by_parts, lambda x, cos, sin: by_parts(x, cos, -sin)], ids=["whole", "half", "negated"])
+TRAINED = {
+    "whole": chunked, "half": by_parts, "negated": lambda x, cos, sin: by_parts(x, cos, -sin), "interleaved": interleaved,
+    "of one table": of_one_table, "every two": every_two_unbound,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", TRAINED.values(), ids=TRAINED)
 def test_trained_tables(form):
     """Of two calls, as the gradient of x alone doesn't tell which one it is of."""
     x, _, cos, sin = operands()
@@ -141,14 +210,35 @@ def test_trained_tables(form):
         return (form(q, cos, sin).sin() * form(q.exp(), cos, sin)).sum()
 
     step = nf.grad(loss, argnums=(0, 1, 2))
-    assert form is not chunked or ROTARY in names(step, cos, sin, x)
+    assert form not in (chunked, every_two_unbound) or ROTARY in names(step, cos, sin, x)
     torch.testing.assert_close(nf.jit(step)(cos, sin, x), step(cos, sin, x), rtol=1e-5, atol=1e-4)
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("form", [chunked, interleaved, of_one_table, every_two])
+def test_second_derivatives(form):
     x, w, cos, sin = operands()
-    hvp = lambda x, cos, sin: nf.hvp(lambda x: chunked(x.view(B, T, H, K).transpose(1, 2), cos, sin).sin().sum(), (x,), (x,))
+    hvp = lambda x, cos, sin: nf.hvp(lambda x: form(x.view(B, T, H, K).transpose(1, 2), cos, sin).sin().sum(), (x,), (x,))
     torch.testing.assert_close(nf.jit(hvp)(x, cos, sin), hvp(x, cos, sin), rtol=1e-5, atol=1e-4)
+
+
+def test_as_many_tables_as_rows():
+    """Which is x and which the table isn't told apart: it makes no difference."""
+    x, cos, sin = torch.randn(1, 1, T, K), *torch.randn(2, T, K)
+    step = nf.grad(lambda x, cos, sin: of_one_table(x, cos, sin).sin().sum(), argnums=(0, 1, 2))
+    torch.testing.assert_close(nf.jit(step)(x, cos, sin), step(x, cos, sin), rtol=1e-5, atol=1e-5)
+
+
+def test_tables_that_are_conjugated_lazily():
+    x, table = torch.randn(B, H, T, K).bfloat16(), torch.randn(T, K // 2, dtype=torch.complex64)
+    for form in (as_complex, lambda x, table: as_complex(x, table.conj())):
+        for given in (table, table.conj()):
+            assert ROTARY in names(form, x, given)
+            torch.testing.assert_close(nf.jit(form)(x, given), form(x, given))
+
+
+def stacked(x, c, s, first=slice(None, None, 2), second=slice(1, None, 2), sign=1, dim=-1):
+    a, b, c, s = x[..., first], x[..., second], c[:, : K // 2], s[:, : K // 2]
+    return torch.stack([a * c - b * s, sign * (b * c) + a * s], dim).flatten(-2)
 
 
 LEFT_ALONE = {
@@ -166,6 +256,21 @@ LEFT_ALONE = {
     "parts of other tables": lambda x, c, s: torch.cat([x[..., :4] * c[:, :4] - x[..., 4:] * s[:, :4], x[..., 4:] * c[:, 4:] + x[..., :4] * s[:, :4]], -1),
     "parts stacked": lambda x, c, s: torch.cat([x[..., :4] * c[:, :4] - x[..., 4:] * s[:, :4], x[..., 4:] * c[:, :4] + x[..., :4] * s[:, :4]], -2),
     "one angle for all": lambda x, c, s: x * c[0, 0] + rotate_half(x) * s[0, 0],
+    "interleaved parts of the other sign": lambda x, c, s: stacked(x, c, s, sign=-1),
+    "interleaved parts the other way round": lambda x, c, s: stacked(x, c, s, slice(1, None, 2), slice(None, None, 2)),
+    "one part twice": lambda x, c, s: stacked(x, c, s, second=slice(None, None, 2)),
+    "interleaved parts made halves": lambda x, c, s: stacked(x, c, s, dim=-2),
+    "halves interleaved": lambda x, c, s: stacked(x, c, s, slice(None, K // 2), slice(K // 2, None)),
+    "every fourth": lambda x, c, s: stacked(x.repeat(1, 1, 1, 2), c, s, slice(None, None, 4), slice(1, None, 4)),
+    "interleaved parts joined": lambda x, c, s: x * c + torch.cat([-x[..., 1::2], x[..., ::2]], -1) * s,
+    "halves stacked": lambda x, c, s: x * c + torch.stack([-x[..., K // 2 :], x[..., : K // 2]], -1).flatten(-2) * s,
+    "every two of the other sign": lambda x, c, s: x * c - rotate_every_two(x) * s,
+    "every two of another x": lambda x, c, s: (x + 1) * c + rotate_every_two(x) * s,
+    "rows of two": lambda x, c, s: (t := x[:2, :2, :2, :4], t * c[:2, :4] + torch.stack((-t.view(2, 2, 2, 2, 2)[1], t.view(2, 2, 2, 2, 2)[0]), -1).view(t.shape) * s[:2, :4])[1],
+    "scalars": lambda x, c, s: x.mean() * c.mean() + x.sum().exp().neg() * s.mean(),
+    "complex numbers not rounded": by_complex_numbers,
+    "complex numbers of one angle": lambda x, c, s: as_complex(x.bfloat16(), torch.complex(c[0, 0], s[0, 0])),
+    "complex numbers that are read": lambda x, c, s: as_complex(x.bfloat16(), torch.complex(c[:, :4], s[:, :4]), lambda z: z.abs().sum()),
     "angles for each number": lambda x, c, s: x[0] * (c + x) + rotate_half(x[0]) * (s + x),
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -10,122 +11,189 @@ import torch
 
 from ...graph.ir import Equation, Value
 from ...kernels import rotary as kernel
-from .patterns import Match, Program
+from .patterns import Match, Numbers, Program
 
 aten = torch.ops.aten
 
 
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_PARTS = aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.unbind.int, aten.select.int
+
+
 def rotary(program: Program) -> Iterator[Match]:
-    """x cos + cat(-x2, x1) sin, of the halves (x1, x2) of x's last dimension, or cat(x1 cos - x2 sin, x2 cos + x1 sin) with tables
-    of half the width, turned either way: the halves by `chunk`, `split` or slices, in any order of operands, computed in
-    float32 and rounded to x's type at the end or all in x's type."""
+    """The pairs (x1, x2) of x's numbers turned either way, x1 and x2 being the halves of its last dimension, or interleaved:
+    x cos + join(-x2, x1) sin, or join(x1 cos - x2 sin, x2 cos + x1 sin) with tables of half the width, in any order of
+    operands, the parts by `chunk`, `split`, slices, `unbind` or indices. Computed in float32 and rounded to x's
+    type at the end or all in x's type. Or interleaved pairs as complex numbers times a table of such, in float32, rounded."""
+    numbers = cache(lambda: Numbers(program.graph).of)  # few programs need them
     for eq in program.graph.equations:
         found = None
         if eq.op is aten.add.Tensor and not eq.kwargs:
-            found = _by_swapped_halves(program, eq)
-        elif eq.op is aten.cat.default and _joins_two(eq):
-            found = _by_parts(program, eq)
+            found = _by_swapped_parts(program, eq)
+        elif (joined := _joined(program, eq)) is not None:
+            found = _by_parts(program, eq.outputs, *joined, numbers)
+        elif eq.op in _RESHAPES:
+            found = _by_complex_numbers(program, eq.outputs)
         if found is not None:
             yield found
 
 
-def _by_swapped_halves(program: Program, eq: Equation) -> Match | None:
+def _by_swapped_parts(program: Program, eq: Equation) -> Match | None:
     for terms in (eq.args, eq.args[::-1]):
         products = [program.producer(v, aten.mul.Tensor) for v in terms]
         if None in products:
             return None
-        for (x, cos), (halves, sin) in product(*((of.args, of.args[::-1]) for of in products)):
-            if all(isinstance(v, Value) for v in (x, cos, halves, sin)) and _swapped(program, halves) is program.same(x):
-                return _match(program, eq.outputs, x, cos, sin)
+        for (x, cos), (swapped, sin) in product(*((of.args, of.args[::-1]) for of in products)):
+            if all(isinstance(v, Value) for v in (x, cos, swapped, sin)) and x.shape == eq.outputs.shape:
+                found = _swapped(program, swapped, x.shape)
+                if found is not None and found[0] is _flat(program, x):
+                    return _match(program, eq.outputs, x, [cos, sin], interleaved=found[1])
     return None
 
 
+def _swapped(program: Program, v: Value, shape: torch.Size) -> tuple[Value, bool] | None:
+    """The x, flat, of which `v` is join(-x2, x1), and whether interleaved."""
+    joined = _joined(program, program.producers.get(program.same(v)))
+    negative = program.producer(joined[0][0], aten.neg.default) if joined is not None else None
+    if negative is None:
+        return None
+    (_, x1), interleaved = joined
+    first, second = (_part(program, part, shape) for part in (x1, negative.args[0]))
+    if first is None or first[1:] != (0, interleaved) or second != (first.x, 1, interleaved):
+        return None
+    return first.x, interleaved
+
+
 class _Term(NamedTuple):
-    """A half of x times a table, in a sum."""
+    """A part of x times a table, in a sum."""
 
     x: Value
     sign: int
     table: Value
 
 
-def _by_parts(program: Program, eq: Equation) -> Match | None:
-    first, second = (_terms(program, v, eq.outputs.shape) for v in eq.args[0])
+def _by_parts(
+    program: Program, y: Value, parts: list[Value], interleaved: bool, numbers: Callable[[], dict[Value, int]]
+) -> Match | None:
+    first, second = (_terms(program, v, y.shape, interleaved) for v in parts)
     if not first.keys() == second.keys() == {0, 1}:
         return None
     (cos, sin), (sin2, cos2) = (first[0], first[1]), (second[0], second[1])
-    same = cos.x is sin.x is cos2.x is sin2.x and cos.table is cos2.table and sin.table is sin2.table
-    if not same or not cos.sign == cos2.sign == 1 or sin.sign == sin2.sign:
+    same = [(cos.x, sin.x), (cos.x, cos2.x), (cos.x, sin2.x), (cos.table, cos2.table), (sin.table, sin2.table)]
+    if not all(u is v or numbers()[u] == numbers()[v] for u, v in same):
         return None
-    return _match(program, eq.outputs, cos.x, cos.table, sin.table, transposed=sin.sign == 1)
+    if not cos.sign == cos2.sign == 1 or sin.sign == sin2.sign:
+        return None
+    again = [cos2.table, sin2.table]
+    return _match(program, y, cos.x, [cos.table, sin.table], sin.sign == 1, interleaved, again)
 
 
-def _terms(program: Program, v: Value, shape: torch.Size) -> dict[int, _Term]:
-    """Of a sum or difference of two products of halves of an x of this shape with tables: by which half it is."""
+def _terms(program: Program, v: Value, shape: torch.Size, interleaved: bool) -> dict[int, _Term]:
+    """Of a sum or difference of two products of parts of an x of this shape with tables: by which part it is."""
     found: dict[int, _Term] = {}
     eq = program.producer(v, aten.add.Tensor, aten.sub.Tensor)
     for i, term in enumerate(eq.args if eq is not None and not eq.kwargs else ()):
         times = program.producer(term, aten.mul.Tensor)
-        for half, table in (times.args, times.args[::-1]) if times is not None else ():
-            for which in (0, 1):
-                x = _half(program, half, which)
-                if x is not None and x.shape == shape and isinstance(table, Value):
-                    sign = -1 if i == 1 and eq.op is aten.sub.Tensor else 1
-                    negative = program.producer(table, aten.neg.default)
-                    table, sign = (table, sign) if negative is None else (negative.args[0], -sign)
-                    found[which] = _Term(x, sign, program.same(table))
+        for factor, table in (times.args, times.args[::-1]) if times is not None else ():
+            part = _part(program, factor, shape)
+            if part is not None and part.interleaved == interleaved and isinstance(table, Value):
+                sign = -1 if i == 1 and eq.op is aten.sub.Tensor else 1
+                negative = program.producer(table, aten.neg.default)
+                table, sign = (table, sign) if negative is None else (negative.args[0], -sign)
+                found[part.which] = _Term(part.x, sign, program.same(table))
     return found
 
 
-def _match(program: Program, y: Value, x: Value, cos: Value, sin: Value, transposed: bool = False) -> Match | None:
-    """`y` as the rotation of x, where the kernel serves it."""
-    if x.shape != y.shape:
-        return None
+def _by_complex_numbers(program: Program, y: Value) -> Match | None:
+    """Where the result is rounded: in float32 alone PyTorch's product of complex numbers is as fast."""
+    real = program.producer(program.producers[y].args[0], aten.view_as_real.default)
+    times = program.producer(real.args[0], aten.mul.Tensor) if real is not None else None
+    for z, table in (times.args, times.args[::-1]) if times is not None else ():
+        z = program.producer(z, aten.view_as_complex.default)
+        if z is not None and isinstance(table, Value) and z.args[0].shape == (*y.shape[:-1], y.shape[-1] // 2, 2):
+            match = _match(program, y, z.args[0], [table], transposed=True, interleaved=True)
+            return match if match is not None and match.outputs != [y] else None
+    return None
+
+
+def _match(
+    program: Program,
+    y: Value,
+    x: Value,
+    tables: list[Value],
+    transposed: bool = False,
+    interleaved: bool = False,
+    again: Iterable[Value] = (),
+) -> Match | None:
+    """`y` as the rotation of x, viewed as y's shape, where the kernel serves it; `again`: the tables, computed once more."""
     width = y.shape[-1] if program.producers[y].op is aten.add.Tensor else y.shape[-1] // 2
-    out, x = _narrow(program, y, x)
+    out, x = _narrow(program, y, _flat(program, x))
     with x.fake.fake_mode:
-        like = torch.empty_like(x.fake)
-    tables = all(t.fake.dim() and t.shape[-1] == width for t in (cos, sin))
-    if out.dtype != x.dtype or not tables or not kernel.native(x.fake, cos.fake, sin.fake, like):
+        operands = x.fake.reshape(y.shape), *_cos_and_sin(*(t.fake for t in tables))
+        served = all(t.dim() and t.shape[-1] == width for t in operands[1:])
+        served = served and kernel.native(*operands, torch.empty_like(operands[0]))
+    if out.dtype != x.dtype or not served:
         return None
 
     def replacement(env: dict[Value, torch.Tensor]) -> list[torch.Tensor]:
-        return [kernel.rotary(env[x], env[cos], env[sin], transposed)]
+        cos, sin = _cos_and_sin(*(env[t] for t in tables))
+        return [kernel.rotary(env[x].reshape(y.shape), cos, sin, transposed, interleaved)]
 
     # That a table was negated before doesn't matter: others may read it so too.
-    negated = {eq.outputs for eq in program.users.get(sin, ()) if eq.op is aten.neg.default}
-    equations = program.between([out], {x, cos, sin, *negated})
-    return Match(equations, [out], replacement, f"{list(x.shape)}, tables {list(cos.shape)}", ("rotary", transposed))
+    negated = {eq.outputs for t in tables for eq in program.users.get(t, ()) if eq.op is aten.neg.default}
+    equations = program.between([out], {x, *tables, *again, *negated})
+    reason = f"{list(y.shape)}, tables {list(tables[0].shape)}"
+    return Match(equations, [out], replacement, reason, ("rotary", transposed, interleaved))
 
 
-def _swapped(program: Program, v: object) -> Value | None:
-    """The x of which `v` is cat(-x2, x1) along the last dimension."""
-    cat = program.producer(v, aten.cat.default)
-    if cat is None or not _joins_two(cat):
+def _cos_and_sin(cos: torch.Tensor, sin: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """The tables from two, or from one of complex numbers: of the conjugates, as numbers that are conjugated lazily can't be
+    viewed as real. Copied here, once, where the kernel would copy them in each call."""
+    tables = (cos, sin) if sin is not None else torch.view_as_real(torch.conj_physical(cos)).unbind(-1)
+    return tuple(t if t.dim() and t.stride(-1) == 1 else t.contiguous() for t in tables)
+
+
+def _joined(program: Program, eq: Equation | None) -> tuple[list[Value], bool] | None:
+    """The two that `eq` joins along the last dimension, and whether interleaved."""
+    if eq is None or eq.op is not aten.cat.default and eq.op not in _RESHAPES:
         return None
-    negative = program.producer(cat.args[0][0], aten.neg.default)
-    second = _half(program, negative.args[0], 1) if negative is not None else None
-    return second if second is not None and second is _half(program, cat.args[0][1], 0) else None
-
-
-def _joins_two(cat: Equation) -> bool:
-    """Does it join two along the last dimension?"""
-    return len(cat.args[0]) == 2 and (*cat.args, 0)[1] in (-1, cat.outputs.fake.dim() - 1)
-
-
-def _half(program: Program, v: Value, which: int) -> Value | None:
-    """What `v` is the first or second half of, along the last dimension."""
-    eq = program.producer(v, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor)
-    if eq is None:
+    interleaved = eq.op in _RESHAPES
+    join = program.producer(eq.args[0], aten.stack.default) if interleaved else eq
+    if join is None or len(join.args[0]) != 2 or (*join.args, 0)[1] not in (-1, join.outputs.fake.dim() - 1):
         return None
-    x, v = eq.args[0], program.same(v)
-    last, half = x.fake.dim() - 1, x.shape[-1] // 2
-    if eq.op is aten.slice.Tensor:
-        _, dim, start, end, step = (*eq.args, *(None, 0, None, None, 1)[len(eq.args) :])
-        start, end, step = slice(start, end, step).indices(x.shape[-1])
-        right = dim in (-1, last) and step == 1 and (start, end) == ((0, half), (half, 2 * half))[which]
-    else:
-        right = (*eq.args, 0)[2] in (-1, last) and len(eq.results) == 2 and eq.results[which] is v
-    return program.same(x) if right and x.shape[-1] == 2 * v.shape[-1] else None
+    return (join.args[0], interleaved) if eq.outputs.shape[:-1] == join.args[0][0].shape[:-1] else None
+
+
+class _Part(NamedTuple):
+    """The first or the second number of each pair of an x, flat."""
+
+    x: Value
+    which: int
+    interleaved: bool
+
+
+def _part(program: Program, v: Value, shape: torch.Size) -> _Part | None:
+    """What part `v` is of an x viewed as this shape: told by taking it of rows of K numbers in one place of memory."""
+    eq = program.producer(v, *_PARTS)
+    n, half = len(shape) - 1, shape[-1] // 2
+    if eq is None or v.shape != (*shape[:n], half):
+        return None
+    of = eq.args[0]
+    row = torch.empty(of.shape[n:], device="meta")
+    if of.shape[:n] != shape[:n] or row.numel() != shape[-1]:
+        return None
+    taken = eq.op(row.as_strided(of.shape, (*[0] * n, *row.stride())), *eq.args[1:])
+    taken = taken if isinstance(taken, torch.Tensor) else taken[eq.results.index(program.same(v))]
+    places = {(0, 1): (0, False), (half, 1): (1, False), (0, 2): (0, True), (1, 2): (1, True)}
+    part = places.get((taken.storage_offset(), taken.stride(-1)))
+    return _Part(_flat(program, of), *part) if part is not None and not any(taken.stride()[:-1]) else None
+
+
+def _flat(program: Program, x: Value) -> Value:
+    """What `x` is a reshape of."""
+    while (eq := program.producer(x, *_RESHAPES)) is not None:
+        x = eq.args[0]
+    return program.same(x)
 
 
 def _narrow(program: Program, y: Value, x: Value) -> tuple[Value, Value]:
