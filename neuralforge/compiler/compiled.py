@@ -11,9 +11,10 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from ..errors import CaptureError
-from ..graph import Captured
+from ..graph import Captured, Graph
 from ..graph.source import user_line
 from ..memory import Arena, give_pages_back, paused_collector
+from . import on_disk
 from .column_sums import join_column_sums
 from .epilogue import join_epilogues
 from .executor import Program
@@ -35,7 +36,7 @@ class Compiled:
         arena: Arena | None = None,
     ):  # fmt: skip
         rewrites = Rewrites(max_rewrites)
-        graph = optimise(captured.graph, rewrites)
+        graph = _optimised(captured.graph, rewrites)
         self.out_tree: TreeSpec = captured.out_tree
         self._rebuild = _rebuilding(captured.out_tree)
         self.writes = captured.writes
@@ -81,6 +82,18 @@ class Compiled:
             with torch.no_grad():
                 tensors[i].copy_(new)
         return self._rebuild(iter(flat[:count]))
+
+
+def _optimised(graph: Graph, rewrites: Rewrites) -> Graph:
+    """After all passes: as found on disk, unless rewrites are limited."""
+    place = on_disk.place_of(graph) if rewrites.limit is None else None
+    found = on_disk.find(place, graph) if place else None
+    if found is not None:
+        return found
+    optimised = optimise(graph, rewrites)
+    if place:
+        on_disk.save(place, optimised, graph)
+    return optimised
 
 
 def _rebuilding(tree: TreeSpec) -> Callable[[Iterator[Any]], Any]:

@@ -39,6 +39,11 @@ class Value:
         return self.fake.numel() * self.fake.element_size()
 
     @property
+    def pending(self) -> tuple[bool, bool]:
+        """Are the conjugate, the negative, of the numbers in memory meant? A copy makes them so."""
+        return self.fake.is_conj(), self.fake.is_neg()
+
+    @property
     def typed(self) -> str:
         dims = ",".join(str(int(d)) for d in self.shape)
         strides = "" if self.fake.is_contiguous() else "'" + ",".join(str(int(s)) for s in self.strides)

@@ -93,3 +93,13 @@ def test_transpose_products():
     assert after.outputs[0].strides == (3, 1) and torch.allclose(converted(a, b)[0], after(a, b)[0])
     kept = capture(lambda a, b: [(p := a @ b).t() + 1, p], a, b).graph
     assert len(transpose_products(kept).equations) == len(kept.equations), "the product itself is used too"
+
+
+@pytest.mark.parametrize("f", [
+    lambda c: torch.view_as_real(c.conj().resolve_conj()) * 2,
+    lambda c: torch.view_as_real(c.conj().imag.clone() + c),
+    lambda c: c.conj().clone().real + c.conj().imag,
+])  # fmt: skip
+def test_copies_that_resolve_a_lazy_conjugate_stay(f):
+    c = torch.randn(8, 4, dtype=torch.complex64)
+    torch.testing.assert_close(nf.jit(f)(c), f(c))

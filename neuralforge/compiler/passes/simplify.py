@@ -99,7 +99,7 @@ _TRANSPOSES = {aten.t, aten.transpose, aten.permute}
 
 
 def _same(x: Value, y: Value) -> bool:
-    return (x.shape, x.strides, x.dtype, x.device) == (y.shape, y.strides, y.dtype, y.device)
+    return all(getattr(x, name) == getattr(y, name) for name in ("shape", "strides", "dtype", "device", "pending"))
 
 
 def _viewable(x: Value, y: Value) -> bool:

@@ -116,7 +116,7 @@ def viewed(eq: Equation) -> Dims | None:
     x, y = eq.args[0], eq.outputs
     dims, ndim = natural(x.shape), x.fake.dim()
     if packet in _COPIES:
-        return dims if x.dtype == y.dtype and x.device == y.device else None
+        return dims if (x.dtype, x.device, x.pending) == (y.dtype, y.device, y.pending) else None
     if packet in _RESHAPES:
         return regroup(dims, y.shape)
     if packet is aten.permute:
