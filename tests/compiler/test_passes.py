@@ -1,7 +1,9 @@
 """Each pass leaves the results as they were and removes what it says."""
 
+import pytest
 import torch
 
+import neuralforge as nf
 from neuralforge.compiler.passes import (
     common_subexpressions,
     dead_code,
