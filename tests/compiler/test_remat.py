@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import neuralforge as nf
 from neuralforge.compiler import products
 from neuralforge.errors import MemoryBudgetError
+from neuralforge.kernels import matmul
 
 WIDTH, LAYERS = 64, 8
 
@@ -60,11 +61,11 @@ def test_budgets_are_met_and_results_are_the_same_bit_for_bit(problem):
 
 
 def test_what_the_plan_says_is_what_is_allocated(problem, monkeypatch):
-    """The tensors alive during a call, counted, against the predicted peak; with products that allocate nothing else."""
+    """The tensors alive during a call, counted, against the predicted peak, but for what C code allocates for itself."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     monkeypatch.setattr(products.Choices, "get", lambda self, key, measure: "aten")
-
+    monkeypatch.setattr(matmul, "scratch_bytes", lambda *args, **kwargs: 0)
     f = nf.value_and_grad(stack)
     _, free = compiled(f, *problem)
     _, held = compiled(f, *problem, budget=int(0.6 * peak(free)))
@@ -98,7 +99,7 @@ def test_what_the_plan_says_is_what_is_allocated(problem, monkeypatch):
         with count:
             program.program._run(*tensors)
         measured = count.most + arena.untyped_storage().nbytes()
-        assert 0.9 * peak(program) <= measured <= 1.05 * peak(program), (measured, peak(program))
+        assert 0.95 * peak(program) <= measured <= 1.05 * peak(program), (measured, peak(program))
 
 
 def test_dropout_draws_the_same_numbers(problem):
