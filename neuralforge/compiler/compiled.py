@@ -18,12 +18,12 @@ from . import on_disk
 from .column_sums import join_column_sums
 from .epilogue import join_epilogues
 from .executor import Program
-from .kernels import claim
+from .kernels import built, claim
 from .passes.rewrites import Rewrites
 from .pipeline import optimise, without_autocast
 from .products import choose_products
 from .prologue import groups_for_prologues, join_prologues
-from .remat import built, rematerialise
+from .remat import rematerialise
 
 
 class Compiled:

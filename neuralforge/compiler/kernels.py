@@ -6,6 +6,7 @@ groups have only this form.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from ..errors import KernelError
 from ..graph.ir import Equation, Graph, Value
 from ..graph.operators import operator_traits
 from ..kernels import cross_entropy, embedding, linear_cross_entropy, matmul, rotary
-from ..kernels.toolchain import plain_operators_instead
+from ..kernels.toolchain import compiler, plain_operators_instead
 from .attention import claim_attention
 from .codegen import build
 from .fuse import Fused
@@ -76,7 +77,8 @@ OWN: dict[Any, Kernel] = {
 
 
 def claim(graph: Graph) -> dict[Equation, Kernel]:
-    """The equations that run in destination-passing form: fused groups and ATen's structured operators."""
+    """The equations that run in destination-passing form: fused groups and ATen's structured operators. Code for the groups is
+    `built` once it is known which of them will run as they are."""
     kernels = {}
     for eq in graph.equations:
         attention = claim_attention(eq)
@@ -84,10 +86,33 @@ def claim(graph: Graph) -> dict[Equation, Kernel]:
         kernel = Kernel(attention) if attention else own if own and own.serves(eq) else destination_kernel(eq)
         if kernel is not None:
             kernels[eq] = kernel
-    return kernels | claim_fused([eq for eq in graph.equations if isinstance(eq.op, Fused)])
+    fused = [eq for eq in graph.equations if isinstance(eq.op, Fused)]
+    try:
+        compiler(os.environ.get("CC"))
+    except KernelError as e:
+        if fused:
+            plain_operators_instead(e)
+        return kernels
+    return kernels | {eq: unbuilt(eq) for eq in fused}
 
 
-def claim_fused(equations: list[Equation]) -> dict[Equation, Kernel]:
+def unbuilt(eq: Equation) -> Kernel:
+    """Stands for the code of a fused group."""
+    return Kernel(_unbuilt, eq.op.may_overwrite)
+
+
+def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    raise AssertionError("a kernel that was planned with hasn't been built")
+
+
+def built(graph: Graph, kernels: dict[Equation, Kernel]) -> dict[Equation, Kernel]:
+    """The kernels of the graph, with code for its fused groups."""
+    late = [eq for eq in graph.equations if eq in kernels and kernels[eq].run is _unbuilt]
+    ready = {eq: kernels[eq] for eq in graph.equations if eq in kernels and kernels[eq].run is not _unbuilt}
+    return ready | _claim_fused(late)
+
+
+def _claim_fused(equations: list[Equation]) -> dict[Equation, Kernel]:
     """The kernels of fused groups; none where there is no compiler, which is said once."""
     try:
         runs = build([eq.op for eq in equations]) if equations else {}

@@ -21,7 +21,7 @@ from ..graph.operators import draws
 from .again import results_apart
 from .cost import cost
 from .fuse import Fused
-from .kernels import Kernel, claim_fused
+from .kernels import Kernel, unbuilt
 from .plan import Plan, is_view, plan_memory, root_of
 from .pointwise import price
 
@@ -59,13 +59,6 @@ def rematerialise(
     else:
         search.fit(budget)
     return search.graph, search.kernels
-
-
-def built(graph: Graph, kernels: dict[Equation, Kernel]) -> dict[Equation, Kernel]:
-    """The kernels of the graph, with code for the parts of groups that run again."""
-    late = [eq for eq in graph.equations if eq in kernels and kernels[eq].run is _unbuilt]
-    ready = {eq: kernels[eq] for eq in graph.equations if eq in kernels and eq not in late}
-    return ready | claim_fused(late)
 
 
 class _Search:
@@ -125,7 +118,7 @@ class _Search:
         if eq not in self.apart:
             self.apart[eq] = results_apart(eq)
             if eq in self.kernels:
-                self.kernels |= {part: Kernel(_unbuilt, part.op.may_overwrite) for part in self.apart[eq]}
+                self.kernels |= {part: unbuilt(part) for part in self.apart[eq]}
         return [eq, *self.apart[eq]]
 
     def _best_steps(self, fused_only: bool) -> list[Step]:
@@ -211,11 +204,6 @@ class _Search:
         if old in self.kernels:
             self.kernels[new] = self.kernels[old]
         return new
-
-
-def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:
-    """Stands for code that is built once it is known what will run."""
-    raise AssertionError("a kernel that was planned with hasn't been built")
 
 
 def _seconds(eq: Equation) -> float:
