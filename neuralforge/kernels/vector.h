@@ -52,12 +52,47 @@ INLINE l SELECT_l(b m, l x, l y) { l w = __builtin_convertvector(m, l); return (
 #define MEMORY(T, S) \
     INLINE T load_##T(const S *p) { return *(const T##_any *)p; } \
     INLINE void store_##T(S *p, T x) { *(T##_any *)p = x; } \
-    INLINE T load_some_##T(const S *p, long n) { T x = {}; for (long j = 0; j < n; j++) x[j] = p[j]; return x; } \
-    INLINE void store_some_##T(S *p, T x, long n) { for (long j = 0; j < n; j++) p[j] = x[j]; } \
     INLINE T load_apart_##T(const S *p, long s, long n) { T x = {}; for (long j = 0; j < n; j++) x[j] = p[j * s]; return x; }
+#define LOAD_SOME(T, S) INLINE T load_some_##T(const S *p, long n) { T x = {}; for (long j = 0; j < n; j++) x[j] = p[j]; return x; }
+#define STORE_SOME(T, S) INLINE void store_some_##T(S *p, T x, long n) { for (long j = 0; j < n; j++) p[j] = x[j]; }
 MEMORY(f, float)
 MEMORY(d, double)
 MEMORY(l, long)
+LOAD_SOME(d, double)
+STORE_SOME(d, double)
+LOAD_SOME(l, long)
+STORE_SOME(l, long)
+
+/* True in the first n lanes. */
+#if L == 16
+#define UNTIL(n) ((b){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < (b){} + (int)(n))
+#elif L == 8
+#define UNTIL(n) ((b){0, 1, 2, 3, 4, 5, 6, 7} < (b){} + (int)(n))
+#else
+#define UNTIL(n) ((b){0, 1, 2, 3} < (b){} + (int)(n))
+#endif
+/* Lanes one by one would go through memory, and the vector made of them wait for it: rows of 100 took three times as long as rows
+   of 96. */
+#if defined(__AVX512F__)
+typedef unsigned short lanes;
+INLINE lanes until(long n) { return n > 0 ? (1u << n) - 1 : 0; }
+INLINE f load_some_f(const float *p, long n) {
+    f x;
+    __asm__("vmovups %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const f_any *)p), "Yk"(until(n)));
+    return x;
+}
+INLINE void store_some_f(float *p, f x, long n) { __asm__("vmovups %1, %0%{%2%}" : "+m"(*(f_any *)p) : "v"(x), "Yk"(until(n))); }
+#elif defined(__AVX2__)
+INLINE f load_some_f(const float *p, long n) {
+    f x;
+    __asm__("vmaskmovps %1, %2, %0" : "=x"(x) : "m"(*(const f_any *)p), "x"(UNTIL(n)));
+    return x;
+}
+STORE_SOME(f, float) /* Zen 3 takes 40 operations for a masked store */
+#else
+LOAD_SOME(f, float)
+STORE_SOME(f, float)
+#endif
 #if defined(__AVX512F__) /* gcc converts bytes one by one */
 INLINE b load_b(const unsigned char *p) { b x; __asm__("vpmovzxbd %1, %0" : "=v"(x) : "m"(*(const b_any *)p)); return -x; }
 INLINE void store_b(unsigned char *p, b x) { __asm__("vpmovdb %1, %0" : "=m"(*(b_any *)p) : "v"(-x)); }
@@ -68,8 +103,17 @@ INLINE void store_b(unsigned char *p, b x) { *(b_any *)p = __builtin_convertvect
 INLINE b load_b(const unsigned char *p) { return -__builtin_convertvector(*(const b_any *)p, b); }
 INLINE void store_b(unsigned char *p, b x) { *(b_any *)p = __builtin_convertvector(-x, bytes); }
 #endif
+#if defined(__AVX512F__)
+INLINE b load_some_b(const unsigned char *p, long n) {
+    b x;
+    __asm__("vpmovzxbd %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const b_any *)p), "Yk"(until(n)));
+    return -x;
+}
+INLINE void store_some_b(unsigned char *p, b x, long n) { __asm__("vpmovdb %1, %0%{%2%}" : "+m"(*(b_any *)p) : "v"(-x), "Yk"(until(n))); }
+#else
 INLINE b load_some_b(const unsigned char *p, long n) { b x = {}; for (long j = 0; j < n; j++) x[j] = -(int)p[j]; return x; }
 INLINE void store_some_b(unsigned char *p, b x, long n) { for (long j = 0; j < n; j++) p[j] = x[j] != 0; }
+#endif
 INLINE b load_apart_b(const unsigned char *p, long s, long n) { b x = {}; for (long j = 0; j < n; j++) x[j] = -(int)p[j * s]; return x; }
 
 /* ---- bfloat16 and float16: stored so, computed with as float. NaN stays NaN; rounding is to nearest, ties to even. */
@@ -129,19 +173,32 @@ INLINE halves to_h(f x) {
 INLINE f round_bf(f x) { return from_bf(to_bf(x)); }
 INLINE f round_h(f x) { return from_h(to_h(x)); }
 
+#if defined(__AVX512F__)
+INLINE halves load_some_halves(const unsigned short *p, long n) {
+    halves h;
+    __asm__("vmovdqu16 %1, %0%{%2%}%{z%}" : "=v"(h) : "m"(*(const halves_any *)p), "Yk"(until(n)));
+    return h;
+}
+INLINE void store_some_halves(unsigned short *p, halves h, long n) {
+    __asm__("vmovdqu16 %1, %0%{%2%}" : "+m"(*(halves_any *)p) : "v"(h), "Yk"(until(n)));
+}
+#else
+LOAD_SOME(halves, unsigned short)
+STORE_SOME(halves, unsigned short)
+#endif
 #define HALF(S) \
     INLINE f load_##S(const unsigned short *p) { return from_##S(*(const halves_any *)p); } \
     INLINE void store_##S(unsigned short *p, f x) { *(halves_any *)p = to_##S(x); } \
-    INLINE f load_some_##S(const unsigned short *p, long n) { halves h = {}; for (long j = 0; j < n; j++) h[j] = p[j]; return from_##S(h); } \
-    INLINE void store_some_##S(unsigned short *p, f x, long n) { halves h = to_##S(x); for (long j = 0; j < n; j++) p[j] = h[j]; } \
+    INLINE f load_some_##S(const unsigned short *p, long n) { return from_##S(load_some_halves(p, n)); } \
+    INLINE void store_some_##S(unsigned short *p, f x, long n) { store_some_halves(p, to_##S(x), n); } \
     INLINE f load_apart_##S(const unsigned short *p, long s, long n) { halves h = {}; for (long j = 0; j < n; j++) h[j] = p[j * s]; return from_##S(h); } \
     INLINE f SET_ALL_##S(unsigned short v) { return from_##S((halves){} + v); }
 HALF(bf)
 HALF(h)
 
 /* The first n lanes, zero in the others. */
-INLINE f FIRST_f(f x, long n) { f y = {}; for (long j = 0; j < n; j++) y[j] = x[j]; return y; }
-INLINE d FIRST_d(d x, long n) { d y = {}; for (long j = 0; j < n; j++) y[j] = x[j]; return y; }
+INLINE f FIRST_f(f x, long n) { return SELECT_f(UNTIL(n), x, SET_f(0)); }
+INLINE d FIRST_d(d x, long n) { return SELECT_d(UNTIL(n), x, SET_d(0)); }
 
 #define EACH(T, name, call) INLINE T name(T x) { T y; for (int j = 0; j < L; j++) y[j] = call(x[j]); return y; }
 #define EACH2(T, name, call) INLINE T name(T x, T z) { T y; for (int j = 0; j < L; j++) y[j] = call(x[j], z[j]); return y; }
