@@ -65,7 +65,7 @@ def _one_over(name: str) -> Callable:
 def _power(t: str, eq: Equation, x: str) -> str:
     n = eq.args[1]
     powers = {0.5: f"sqrt_{t}({x})", -0.5: f"({constant(t, 1)} / sqrt_{t}({x}))", 1: x, 2: f"({x} * {x})",
-              3: f"({x} * {x} * {x})", -1: f"({constant(t, 1)} / {x})", -2: f"({constant(t, 1)} / ({x} * {x}))"}  # fmt: skip
+              3: f"({x} * {x} * {x})", 4: f"(({x} * {x}) * ({x} * {x}))", -1: f"({constant(t, 1)} / {x})", -2: f"({constant(t, 1)} / ({x} * {x}))"}  # fmt: skip
     return powers.get(n) or f"pow_{t}({x}, {constant(t, n)})"
 
 
@@ -170,8 +170,8 @@ ELEMENTWISE = {*FLOATING, *COMPARISONS, *LOGIC, *NOT, *TESTS, *MOVES, *SELECTS, 
 
 _COSTS = {
     8: ("exp", "expm1", "exp2", "log", "log1p", "log2", "sigmoid", "silu", "silu_backward", "softplus"),
-    15: ("tanh", "erf", "gelu", "gelu_backward"),
-    40: ("sin", "cos", "pow"),
+    15: ("tanh", "erf", "gelu", "gelu_backward", "sin", "cos"),
+    40: ("pow",),
     4: ("div", "sqrt", "rsqrt", "reciprocal", "addcdiv"),
 }
 
@@ -179,7 +179,7 @@ _COSTS = {
 def price(eq: Equation) -> int:
     """What an elementwise equation costs for each element, in additions."""
     name = eq.op.overloadpacket.__name__
-    if name == "pow" and isinstance(eq.args[1], (int, float)) and eq.args[1] in (1, 2, 3):
+    if name == "pow" and isinstance(eq.args[1], (int, float)) and eq.args[1] in (1, 2, 3, 4):
         return 1
     return next((n for n, names in _COSTS.items() if name in names), 1)
 

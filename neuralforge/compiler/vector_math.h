@@ -36,6 +36,78 @@ INLINE f log1p_f(f x) {
     y = SELECT_f((b)(w == SET_f(0)), x, y);
     return SELECT_f((b)((x == SET_f(__builtin_inff())) | (x == SET_f(-1.0f))), log_f(u), y);
 }
+INLINE int any(b m) {
+#if defined(__AVX512F__)
+    unsigned short bits;
+    __asm__("vptestmd %1, %1, %0" : "=Yk"(bits) : "v"(m));
+    return bits != 0;
+#elif defined(__AVX2__)
+    int bits;
+    __asm__("vmovmskps %1, %0" : "=r"(bits) : "x"(m));
+    return bits;
+#else
+    int found = 0;
+    for (int j = 0; j < L; j++) found |= m[j];
+    return found;
+#endif
+}
+
+/* x = n pi / 2 + r, by double, in which n times the first 33 bits of pi / 2 is exact; polynomials of Cephes. Where a number is too
+   great for that, as where it isn't finite, the C library. */
+INLINE f turn(f x, int quarters) {
+    f shift = SET_f(12582912.0f), n = (x * 0.636619772367581343f + shift) - shift;
+    d turns = d_from_f(n);
+    f r = f_from_d(d_from_f(x) - turns * 1.57079632673412561417e+00 - turns * 6.07710050650619224932e-11), z = r * r;
+    b q = __builtin_convertvector(n, b) + quarters;
+    f sine = SET_f(-1.9515295891e-4f), cosine = SET_f(2.443315711809948e-5f);
+    sine = sine * z + 8.3321608736e-3f;
+    sine = sine * z - 1.6666654611e-1f;
+    sine = SELECT_f((b)(r == SET_f(0)), r, sine * z * r + r); /* -0 */
+    cosine = cosine * z - 1.388731625493765e-3f;
+    cosine = cosine * z + 4.166664568298827e-2f;
+    cosine = cosine * (z * z) - 0.5f * z + 1.0f;
+    f y = SELECT_f((b)((q & 1) != 0), cosine, sine);
+    return (f)((b)y ^ (q << 30 & (int)0x80000000));
+}
+#define TURN(name, quarters) \
+    static __attribute__((noinline)) f name##_any(f x) { f y; for (int j = 0; j < L; j++) y[j] = __builtin_##name##f(x[j]); return y; } \
+    INLINE f name##_f(f x) { \
+        return __builtin_expect(any(~(b)(abs_f(x) < SET_f(1e5f))), 0) ? name##_any(x) : turn(x, quarters); }
+TURN(sin, 0)
+TURN(cos, 1)
+
+/* 2^(y log2 |x|), the logarithm by double: 2 atanh s of the mantissa in [sqrt 1/2, sqrt 2), s = (m - 1) / (m + 1). Subnormal numbers and
+   those that aren't finite are left to the C library. */
+static __attribute__((noinline)) f pow_any(f x, f y) {
+    f z;
+    for (int j = 0; j < L; j++) z[j] = __builtin_powf(x[j], y[j]);
+    return z;
+}
+INLINE f pow_f(f x, f y) {
+    f a = abs_f(x), inf = SET_f(__builtin_inff());
+    b zero = (b)(x == SET_f(0));
+    if (__builtin_expect(any(~(((b)(a >= SET_f(1.17549435e-38f)) | zero) & (b)(a < inf) & (b)(abs_f(y) < inf))), 0)) return pow_any(x, y);
+    f m = (f)(((b)a & 0x007fffff) | 0x3f800000);
+    b high = (b)(m > SET_f(1.41421356237309504880f));
+    d exponent = d_from_f(__builtin_convertvector((((b)a >> 23) & 255) - 127 - high, f));
+    d w = d_from_f(SELECT_f(high, 0.5f * m, m)), s = (w - 1.0) / (w + 1.0), s2 = s * s, p = SET_d(2.88539008177792681472 / 13);
+    p = p * s2 + 2.88539008177792681472 / 11;
+    p = p * s2 + 2.88539008177792681472 / 9;
+    p = p * s2 + 2.88539008177792681472 / 7;
+    p = p * s2 + 2.88539008177792681472 / 5;
+    p = p * s2 + 2.88539008177792681472 / 3;
+    p = p * s2 + 2.88539008177792681472;
+    d t = d_from_f(y) * (exponent + p * s);
+    f shift = SET_f(12582912.0f), n = (MAX_f(SET_f(-200.0f), MIN_f(SET_f(200.0f), f_from_d(t))) + shift) - shift;
+    b whole = __builtin_convertvector(n, b), half = whole >> 1;
+    f z = exp_f(f_from_d(t - d_from_f(n)) * 0.693147180559945309f) * (f)((half + 127) << 23) * (f)((whole - half + 127) << 23);
+    z = SELECT_f(zero, SELECT_f((b)(y > SET_f(0)), SET_f(0), inf), z);
+    z = SELECT_f((b)(y == SET_f(0)), SET_f(1), z);
+    f c = MAX_f(SET_f(-16777216.0f), MIN_f(SET_f(16777216.0f), y)); /* from there on all numbers are even */
+    b near = __builtin_convertvector(c, b), entire = (b)(__builtin_convertvector(near, f) == c);
+    z = (f)((b)z ^ ((b)x & entire & near << 31));
+    return SELECT_f((b)(x < SET_f(0)) & ~entire, SET_f(__builtin_nanf("")), z);
+}
 EACH(d, expm1_d, __builtin_expm1)
 EACH(d, log1p_d, __builtin_log1p)
 EACH(d, log2_d, __builtin_log2)

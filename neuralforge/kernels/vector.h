@@ -213,10 +213,23 @@ INLINE d FIRST_d(d x, long n) { return SELECT_d(UNTIL(n), x, SET_d(0)); }
 INLINE f sqrt_f(f x) { f y; __asm__("vsqrtps %1, %0" : "=" REGISTER(y) : REGISTER(x)); return y; }
 INLINE f MIN_f(f x, f y) { f z; __asm__("vminps %2, %1, %0" : "=" REGISTER(z) : REGISTER(x), REGISTER(y)); return z; }
 INLINE f MAX_f(f x, f y) { f z; __asm__("vmaxps %2, %1, %0" : "=" REGISTER(z) : REGISTER(x), REGISTER(y)); return z; }
+/* Vectors of doubles fill two registers; gcc compares these lane by lane. */
+#define HALVES(name, instruction) \
+    INLINE d name(d x, d y) { \
+        f a[2], b[2]; \
+        __builtin_memcpy(a, &x, sizeof x), __builtin_memcpy(b, &y, sizeof y); \
+        for (int i = 0; i < 2; i++) __asm__(instruction " %1, %0, %0" : "+" REGISTER(a[i]) : REGISTER(b[i])); \
+        __builtin_memcpy(&x, a, sizeof x); \
+        return x; \
+    }
+HALVES(MIN_d, "vminpd")
+HALVES(MAX_d, "vmaxpd")
 #else
 EACH(f, sqrt_f, __builtin_sqrtf)
 INLINE f MIN_f(f x, f y) { return SELECT_f((b)(x < y), x, y); }
 INLINE f MAX_f(f x, f y) { return SELECT_f((b)(x > y), x, y); }
+INLINE d MIN_d(d x, d y) { return SELECT_d(MASK_d(x < y), x, y); }
+INLINE d MAX_d(d x, d y) { return SELECT_d(MASK_d(x > y), x, y); }
 #endif
 EACH(d, sqrt_d, __builtin_sqrt)
 
@@ -224,9 +237,9 @@ INLINE f abs_f(f x) { return (f)((b)x & 0x7fffffff); }
 INLINE d abs_d(d x) { return (d)((l)x & 0x7fffffffffffffffL); }
 /* As in PyTorch, a NaN on either side wins. */
 INLINE f maximum_f(f x, f y) { return SELECT_f((b)(x != x), x, MAX_f(x, y)); }
-INLINE d maximum_d(d x, d y) { return SELECT_d(MASK_d((x > y) | (x != x)), x, y); }
+INLINE d maximum_d(d x, d y) { return (d)((l)MAX_d(x, y) | (l)MAX_d(y, x)); } /* the same, unless one is a NaN */
 INLINE f minimum_f(f x, f y) { return SELECT_f((b)(x != x), x, MIN_f(x, y)); }
-INLINE d minimum_d(d x, d y) { return SELECT_d(MASK_d((x < y) | (x != x)), x, y); }
+INLINE d minimum_d(d x, d y) { return (d)((l)MIN_d(x, y) | (l)MIN_d(y, x)); }
 INLINE f relu_f(f x) { return SELECT_f((b)(x < SET_f(0)), SET_f(0), x); }
 INLINE d relu_d(d x) { return SELECT_d(MASK_d(x < SET_d(0)), SET_d(0), x); }
 
@@ -352,13 +365,39 @@ INLINE f erf_f(f x) {
     p = p * s + 1.28379166e-1f;
     return SELECT_f((b)(a > SET_f(0.927734375f)), large, p * x + x);
 }
-EACH(f, sin_f, __builtin_sinf)
-EACH(f, cos_f, __builtin_cosf)
-EACH2(f, pow_f, __builtin_powf)
 
-/* ---- double: the C library's, lane by lane */
+/* ---- double: the exponential, of which softmax and sigmoid are made; the rest is the C library's, lane by lane */
 
-EACH(d, exp_d, __builtin_exp)
+/* As for float: a Taylor polynomial of 13 terms, and a power of two in two factors. A NaN stays one. In halves, which are registers. */
+typedef double half_d __attribute__((vector_size(L * 4)));
+typedef long half_l __attribute__((vector_size(L * 4)));
+INLINE half_d exp_half(half_d x) {
+    half_l above = x > 710.0, below = x < -746.0;
+    half_d t = (half_d)(((half_l)x & ~(above | below)) | ((half_l)(710.0 - (half_d){}) & above) | ((half_l)(-746.0 - (half_d){}) & below));
+    half_d shift = 6755399441055744.0 - (half_d){}, whole = t * 1.44269504088896340736 + shift, n = whole - shift; /* 1.5 * 2^52 */
+    half_d r = t - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10, p = 1.0 / 6227020800 - (half_d){};
+    p = p * r + 1.0 / 479001600;
+    p = p * r + 1.0 / 39916800;
+    p = p * r + 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * (r * r) + r + 1.0;
+    half_l power = (half_l)whole - (half_l)shift, half = power >> 1;
+    return p * (half_d)((half + 1023) << 52) * (half_d)((power - half + 1023) << 52);
+}
+INLINE d exp_d(d x) {
+    half_d y[2];
+    __builtin_memcpy(y, &x, sizeof x);
+    y[0] = exp_half(y[0]), y[1] = exp_half(y[1]);
+    __builtin_memcpy(&x, y, sizeof x);
+    return x;
+}
 EACH(d, log_d, __builtin_log)
 EACH(d, tanh_d, __builtin_tanh)
 EACH(d, erf_d, __builtin_erf)
