@@ -60,17 +60,17 @@ def role(eq: Equation) -> Role | None:
     if not isinstance(eq.outputs, Value):
         return None
     if eq.op in NORMALISING and not eq.args[2] or eq.op in NORMALISING_BACKWARD and eq.args[3] == x.dtype:
-        return _over_rows(x, [eq.args[1 if eq.op in NORMALISING else 2]], "full")
+        return over_rows(x, [eq.args[1 if eq.op in NORMALISING else 2]], "full")
     if eq.op is aten.logsumexp.default or eq.op in EXTREMA and x.dtype in (torch.float32, torch.float64):
-        return _over_rows(x, eq.args[1] if len(eq.args) > 1 else [], "row")
+        return over_rows(x, eq.args[1] if len(eq.args) > 1 else [], "row")
     if eq.op is aten.var.correction and not isinstance(eq.kwargs.get("correction"), float):
-        return _over_rows(x, eq.args[1] if len(eq.args) > 1 else None, "row")
+        return over_rows(x, eq.args[1] if len(eq.args) > 1 else None, "row")
     if eq.op in SUMS and not eq.kwargs:
-        return _over_rows(x, eq.args[1], "row") or _over_columns(x, eq.args[1])
+        return over_rows(x, eq.args[1], "row") or _over_columns(x, eq.args[1])
     return None
 
 
-def _over_rows(x: Value, dims: list[int] | None, kind: str) -> Role | None:
+def over_rows(x: Value, dims: list[int] | None, kind: str) -> Role | None:
     """The role of an operator over `dims` if they are the trailing ones, but not all."""
     wanted = {d % x.fake.dim() for d in dims or ()}
     trailing = range(x.fake.dim() - len(wanted), x.fake.dim())

@@ -105,3 +105,22 @@ def test_transpose_products():
 def test_copies_that_resolve_a_lazy_conjugate_stay(f):
     c = torch.randn(8, 4, dtype=torch.complex64)
     torch.testing.assert_close(nf.jit(f)(c), f(c))
+
+
+@pytest.mark.parametrize("how", [torch.var, torch.std])
+@pytest.mark.parametrize("dim", [None, 0, 1, -1, (0, 2), (0, 2, 3), (1, 2), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("options", [{}, {"correction": 0}, {"correction": 2, "keepdim": True}])
+def test_variances_over_any_dimensions(how, dim, options):
+    x = torch.randn(5, 6, 7, 8, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    f = nf.jit(lambda x: how(x * 2, dim, **options) + 1)
+    torch.testing.assert_close(f(x), (how(x.double() * 2, dim, **options) + 1).float(), rtol=2e-6, atol=2e-5)
+    assert not any("std" in str(eq) for eq in f.programs[0].graph.equations)
+    x -= 100
+    gradient = nf.jit(nf.grad(lambda x: (how(x, dim, **options) ** 2).sum()))(x)
+    exact = nf.grad(lambda x: (how(x, dim, **options) ** 2).sum())(x.double())
+    torch.testing.assert_close(gradient, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_variances_of_too_few_numbers_are_as_in_pytorch():
+    for x, dim in ((torch.randn(1, 4), 0), (torch.randn(3, 0), 1), (torch.randn(()), None)):
+        torch.testing.assert_close(nf.jit(lambda x: x.var(dim))(x), x.var(dim), equal_nan=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from ...graph import capture
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
 from ..pointwise import supported
+from ..reductions import over_rows, role
 
 aten = torch.ops.aten
 
@@ -24,6 +27,9 @@ DESCENDING = {
 }  # fmt: skip
 
 
+SPREADS = {aten.var.correction, aten.std.correction}
+
+
 def descend(graph: Graph) -> Graph:
     """Replace these operators by their definitions."""
     builder = Builder(graph)
@@ -31,7 +37,7 @@ def descend(graph: Graph) -> Graph:
     for eq in graph.equations:
         eq = eq.reading(env)
         wanted = getattr(eq.op, "overloadpacket", None) in DESCENDING and not supported(eq)
-        inside = _definition(eq) if wanted else None
+        inside = _definition(eq) if wanted else _spread(eq) if eq.op in SPREADS and role(eq) is None else None
         if inside is None:
             builder.equations.append(eq)
             continue
@@ -54,6 +60,31 @@ def _definition(eq: Equation) -> Graph | None:
         given = dict(zip(eq.inputs, tensors))
         return found(*substitute(eq.args, given), **substitute(eq.kwargs, given))
 
+    return _captured(call, eq)
+
+
+def _spread(eq: Equation) -> Graph | None:
+    """Variances and deviations: of rows as the variance that fused groups know, else by two sums, where PyTorch goes through the numbers
+    one by one."""
+    x = eq.args[0]
+    dims = [d % x.fake.dim() for d in (*eq.args, None)[1] or range(x.fake.dim())]
+    correction, keepdim = eq.kwargs.get("correction"), eq.kwargs.get("keepdim", False)
+    correction = 1 if correction is None else correction
+    count = math.prod(x.shape[d] for d in dims)
+    if x.dtype not in (torch.float32, torch.float64) or count <= correction:
+        return None
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if over_rows(eq.args[0], dims, "row"):
+            variance = aten.var.correction(x, dims, correction=correction, keepdim=keepdim)
+        else:
+            variance = (x - x.mean(dims, True)).square().sum(dims, keepdim) / (count - correction)
+        return variance.sqrt() if eq.op is aten.std.correction else variance
+
+    return _captured(call, eq)
+
+
+def _captured(call: Callable, eq: Equation) -> Graph | None:
     inside = capture(call, *(v.fake for v in eq.inputs)).graph
     same = [(v.shape, v.dtype, v.strides) for v in eq.results] == [(v.shape, v.dtype, v.strides) for v in inside.outputs]
     return inside if same and not inside.constants else None
