@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 
+from ..graph.builder import Builder
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from ..graph.operators import draws
 from .layout import Layout
 from .passes.rewrites import make
 from .passes.simplify import dead_code
+from .pointwise import supported
 from .reductions import Role, role
 from .sink import sink
-from .space import contiguous, cuts_of, memory_order, place, refine, sizes_of, squash
+from .space import contiguous, cuts_of, memory_order, out_of_order, place, refine, sizes_of, squash
 
 aten = torch.ops.aten
 
@@ -91,7 +93,7 @@ class Fused:
 
 def fuse(graph: Graph) -> Graph:
     """Replace groups of fusible equations by one equation each, whose operator is a `Fused`."""
-    graph = _constants_apart(graph)
+    graph = _in_order(_constants_apart(graph))
     groups = _Grower(graph).groups()
     graph = sink(graph, groups, LOOKED_THROUGH)
     groups = [group for group in groups if group.equations]
@@ -118,6 +120,21 @@ def _constants_apart(graph: Graph) -> Graph:
             equations.append(Equation(fill.op, fill.args, fill.kwargs, env[v], fill.source, fill.origin))
         equations.append(eq.reading(env))
     return dead_code(graph.replace(equations=equations))
+
+
+def _in_order(graph: Graph) -> Graph:
+    """Operands that lie in memory in another order than what is made of them, copied: PyTorch's copy goes through both block by block, a group's
+    code through one of them number by number."""
+    builder, copies = Builder(graph), {}
+    for eq in graph.equations:
+        y = eq.outputs
+        turned = [x for x in eq.inputs if isinstance(y, Value) and out_of_order(x, y)] if supported(eq) else []
+        for x in turned:
+            if x not in copies:
+                made = {"memory_format": torch.contiguous_format, "source": eq.source, "origin": "fuse"}
+                copies[x] = builder.emit(aten.clone.default, x, **made)
+        builder.equations.append(eq.reading({x: copies[x] for x in turned}))
+    return graph.replace(equations=builder.equations)
 
 
 class Group:

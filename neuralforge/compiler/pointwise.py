@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..graph.ir import Equation, Value
+from .space import out_of_order
 
 aten = torch.ops.aten
 
@@ -210,7 +211,7 @@ def supported(eq: Equation) -> bool:
     if eq.op in TESTS:
         return LETTERS[eq.args[0].dtype] in "fd"
     if eq.op in MOVES:
-        return set(eq.kwargs) <= {"dtype", "memory_format"}
+        return set(eq.kwargs) <= {"dtype", "memory_format"} and not out_of_order(eq.args[0], y)
     return eq.op in SELECTS and letter in "fdl"
 
 

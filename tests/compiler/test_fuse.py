@@ -212,3 +212,15 @@ def test_random_programs_agree_with_eager(steps):
 def test_equal_code_is_one_function():
     groups = [op for n in (5, 50) for op in fused_parts(lambda x: x.exp() + 1, torch.rand(n))]
     assert codegen.source(codegen.Layout(groups[0].parts[0])) == codegen.source(codegen.Layout(groups[1].parts[0]))
+
+
+def test_operands_in_another_order_are_copied_first():
+    a, b = torch.randn(300, 200), torch.randn(200, 300)
+    f = nf.jit(lambda a, b: ((a + b.t()) * 2 - a.sigmoid(), (b.t() * a).sum()))
+    for found, expected in zip(f(a, b), ((a + b.t()) * 2 - a.sigmoid(), (b.t() * a).sum())):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    names = [eq.name for eq in f.programs[0].graph.equations]
+    assert names.count("aten.clone") == 1
+    small = nf.jit(lambda a, b: a + b.t())
+    small(a[:20, :20], b[:20, :20])
+    assert "aten.clone" not in [eq.name for eq in small.programs[0].graph.equations]
