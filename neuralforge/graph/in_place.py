@@ -78,9 +78,18 @@ class Link(NamedTuple):
     kwargs: dict
     index: int | None
 
+    @property
+    def unsafe(self) -> bool:
+        """Is it one of parts that know nothing of each other? PyTorch's recurrent cells write to such: read again from the base, with the
+        other parts' writes, each would depend on all."""
+        return self.func.overloadpacket in _UNSAFE
+
     def replay(self, base: torch.Tensor) -> torch.Tensor:
         out = self.func(base, *self.args, **self.kwargs)
         return out if self.index is None else out[self.index]
+
+
+_UNSAFE = {aten.unsafe_split, aten.unsafe_split_with_sizes}
 
 
 def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,7 @@ class Tracer(TorchDispatchMode):
         self.key = f"_nf{next(_ids)}"
         self._made = self.key + "made"  # attribute: None on tensors made inside, a Link on views
         self._now = self.key + "now"  # attribute: the tensor that a written tensor means
+        self._by_parts = self.key + "parts"  # attribute: that tensor, if writes went through its `unsafe` parts only
         self._written: dict[int, weakref.ref] = {}
         self.descents: list[Any] = []  # operators whose definitions are being followed just now
         self._paused: dict[int, torch.Tensor] | None = None
@@ -126,6 +127,8 @@ class Tracer(TorchDispatchMode):
         if base is link.base:
             return x
         seen = x.__dict__.get(self._now)
+        if link.unsafe and base is link.base.__dict__.get(self._by_parts):
+            return x if seen is None else seen[1]
         if seen is None or seen[0] is not base:
             paused, self._paused = self._paused, None  # a view of a tracked tensor is tracked
             with self, gradient_mode.following():
@@ -186,9 +189,13 @@ class Tracer(TorchDispatchMode):
                 f"differentiated tensor of shape {tuple(x.shape)} from outside. Use the operator without the underscore."
             )
         if link is not None:
+            before = self.now(link.base)
             with self:
-                base = scatter(link, self.now(link.base), value)
+                base = scatter(link, before, value)
             self._assign(link.base, base)
+            if link.unsafe and (before is link.base or before is link.base.__dict__.get(self._by_parts)):
+                base = link.base.__dict__[self._by_parts] = self.now(link.base)
+                x.__dict__[self._now] = base, value
         elif self._now in x.__dict__:  # not replaced: there may be views of it
             self._assign(x.__dict__[self._now], value)
         else:

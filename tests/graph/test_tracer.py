@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import neuralforge as nf
+from neuralforge.compiler.passes import dead_code
 from neuralforge.errors import CaptureError
 from neuralforge.graph import capture
 from neuralforge.graph.tracer import Tracer
@@ -99,3 +101,30 @@ def test_writes_beside_tensors_made_from_numbers():
 
     x = torch.arange(3.0)
     assert traced(f, x).tolist() == [5, 4] and capture(f, x).graph(x)[0].tolist() == [5, 4]
+
+
+def test_writes_to_parts_that_know_nothing_of_each_other():
+    def f(x):
+        y = x * 2
+        a, b, c = y.unsafe_chunk(3, 1)
+        a.add_(1).sigmoid_()
+        b.mul_(a)
+        c.add_(c + b)
+        read = y.sum(0)  # the base, after writes to its parts
+        y.mul_(3)
+        return a + b * c, read, y, a
+
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for found, expected in zip(nf.jit(f)(x), f(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_recurrent_cells_read_their_gates_as_they_wrote_them():
+    cell, x, h = torch.nn.GRUCell(8, 8).double(), torch.randn(3, 8).double(), torch.randn(3, 8).double()
+    params = {name: p.detach() for name, p in cell.named_parameters()}
+    loss = lambda p: torch.func.functional_call(cell, p, (x, h)).square().sum()
+    graph = capture(nf.grad(loss), params).graph
+    assert not any("scatter" in eq.name for eq in dead_code(graph).equations)
+    cell(x, h).square().sum().backward()
+    for name, gradient in nf.jit(nf.grad(loss))(params).items():
+        torch.testing.assert_close(gradient, cell.get_parameter(name).grad)
