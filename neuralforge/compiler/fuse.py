@@ -128,7 +128,10 @@ def _in_order(graph: Graph) -> Graph:
     builder, copies = Builder(graph), {}
     for eq in graph.equations:
         y = eq.outputs
-        turned = [x for x in eq.inputs if isinstance(y, Value) and out_of_order(x, y)] if supported(eq) else []
+        turned = [x for x in eq.inputs if out_of_order(x, y)] if isinstance(y, Value) else []
+        if not turned or not supported(eq):
+            builder.equations.append(eq)
+            continue
         for x in turned:
             if x not in copies:
                 made = {"memory_format": torch.contiguous_format, "source": eq.source, "origin": "fuse"}

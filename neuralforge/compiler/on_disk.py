@@ -13,7 +13,6 @@ import io
 import os
 import pickle
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 
 from ..errors import KernelError
 from ..graph.ir import Graph, Value
-from ..kernels.toolchain import cache_folder, compiler, cpu_features, isa
+from ..kernels.toolchain import cache_folder, checksum, compiler, cpu_features, isa, read_whole, replacing
 
 aten = torch.ops.aten
 
@@ -49,11 +48,9 @@ def place_of(graph: Graph) -> Path | None:
 
 def find(place: Path, graph: Graph) -> Graph | None:
     """The optimised form of `graph`, with its inputs and constants, if it is there and whole."""
+    content = read_whole(place)
     try:
-        content = place.read_bytes()
-        if content[-32:] != hashlib.sha256(content[:-32]).digest():
-            return None
-        return _Reader(content, graph).load()
+        return None if content is None else _Reader(content, graph).load()
     except Exception:  # whatever a pickle may raise, the program can be made again
         return None
 
@@ -62,14 +59,8 @@ def save(place: Path, optimised: Graph, graph: Graph) -> None:
     """Save the optimised form of `graph`. What can't be saved is only made again by the next process."""
     try:
         content = _content(optimised, graph)
-        handle, temporary = tempfile.mkstemp(suffix=".pickle", dir=place.parent)
-        try:
-            with open(handle, "wb") as file:
-                file.write(content + hashlib.sha256(content).digest())
-            os.chmod(temporary, 0o644)  # a cache may be made by one user and read by others
-            os.replace(temporary, place)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(place) as temporary:
+            temporary.write_bytes(content + checksum(content))
         for old in sorted(place.parent.glob("program-*.pickle"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (OSError, pickle.PicklingError, TypeError, AttributeError, RecursionError):

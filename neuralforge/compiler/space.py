@@ -24,14 +24,14 @@ def memory_order(v: Value) -> tuple[int, ...] | None:
     return tuple(order)
 
 
-LARGE = 32768
+WORTH_A_COPY = 32768
 """Elements from which on the order in which they are read matters."""
 
 
 def out_of_order(x: Value, y: Value) -> bool:
     """Would reading all of `x`, another order of dimensions in memory, beside the contiguous `y` of its shape take each number from another
     cache line?"""
-    if x.shape != y.shape or not contiguous(y) or y.fake.numel() < LARGE or contiguous(x) or memory_order(x) is None:
+    if x.shape != y.shape or not contiguous(y) or y.fake.numel() < WORTH_A_COPY or contiguous(x) or memory_order(x) is None:
         return False
     inner = max(d for d, n in enumerate(y.shape) if n > 1)
     return x.strides[inner] != 1

@@ -3,9 +3,8 @@
 
 /* ---- folding the lanes of a vector; the first n lanes of x, and those of y behind them */
 
-INLINE b BELOW(long n) { b m; for (int j = 0; j < L; j++) m[j] = j < n ? -1 : 0; return m; }
 #define FOLD(T, S, I) \
-    INLINE T LIMIT_##T(T x, T y, long n) { return SELECT_##T(BELOW(n), x, y); } \
+    INLINE T LIMIT_##T(T x, T y, long n) { return SELECT_##T(UNTIL(n), x, y); } \
     INLINE T SWAP_##T(T x, int w) { I at; for (int j = 0; j < L; j++) at[j] = j ^ w; return __builtin_shuffle(x, at); } \
     INLINE double FOLD_sum_##T(T x) { for (int w = L / 2; w; w /= 2) x += SWAP_##T(x, w); return x[0]; } \
     INLINE S FOLD_maximum_##T(T x) { for (int w = L / 2; w; w /= 2) x = maximum_##T(x, SWAP_##T(x, w)); return x[0]; } \
@@ -70,23 +69,19 @@ INLINE f turn(f x, int quarters) {
     return (f)((b)y ^ (q << 30 & (int)0x80000000));
 }
 #define TURN(name, quarters) \
-    static __attribute__((noinline)) f name##_any(f x) { f y; for (int j = 0; j < L; j++) y[j] = __builtin_##name##f(x[j]); return y; } \
+    EACH(f, name##_each, __builtin_##name##f) \
     INLINE f name##_f(f x) { \
-        return __builtin_expect(any(~(b)(abs_f(x) < SET_f(1e5f))), 0) ? name##_any(x) : turn(x, quarters); }
+        return __builtin_expect(any(~(b)(abs_f(x) < SET_f(1e5f))), 0) ? name##_each(x) : turn(x, quarters); }
 TURN(sin, 0)
 TURN(cos, 1)
 
 /* 2^(y log2 |x|), the logarithm by double: 2 atanh s of the mantissa in [sqrt 1/2, sqrt 2), s = (m - 1) / (m + 1). Subnormal numbers and
    those that aren't finite are left to the C library. */
-static __attribute__((noinline)) f pow_any(f x, f y) {
-    f z;
-    for (int j = 0; j < L; j++) z[j] = __builtin_powf(x[j], y[j]);
-    return z;
-}
+EACH2(f, pow_each, __builtin_powf)
 INLINE f pow_f(f x, f y) {
     f a = abs_f(x), inf = SET_f(__builtin_inff());
     b zero = (b)(x == SET_f(0));
-    if (__builtin_expect(any(~(((b)(a >= SET_f(1.17549435e-38f)) | zero) & (b)(a < inf) & (b)(abs_f(y) < inf))), 0)) return pow_any(x, y);
+    if (__builtin_expect(any(~(((b)(a >= SET_f(1.17549435e-38f)) | zero) & (b)(a < inf) & (b)(abs_f(y) < inf))), 0)) return pow_each(x, y);
     f m = (f)(((b)a & 0x007fffff) | 0x3f800000);
     b high = (b)(m > SET_f(1.41421356237309504880f));
     d exponent = d_from_f(__builtin_convertvector((((b)a >> 23) & 255) - 127 - high, f));

@@ -117,7 +117,7 @@ def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor
         return value.permute([dims.index(i) for i in range(len(dims))])
     if packet is aten.unbind:
         return aten.select_scatter(base, value, args[0] if args else 0, index)
-    if packet in (aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes):
+    if packet in (aten.split, aten.split_with_sizes, *_UNSAFE):
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         sizes = args[0]
         start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])

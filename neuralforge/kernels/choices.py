@@ -5,15 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .toolchain import cache_folder, cpu_features, cpu_model
+from .toolchain import cache_folder, cpu_features, cpu_model, replacing
 
 
 class Choices:
@@ -50,16 +48,7 @@ class Choices:
             with open(self.path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self.table.update(self._read())
-                self._write()
+                with replacing(self.path) as temporary:
+                    temporary.write_text(json.dumps(self.table, indent=1))
         except OSError:
             pass
-
-    def _write(self) -> None:
-        handle, temporary = tempfile.mkstemp(suffix=".json", dir=self.path.parent)
-        try:
-            with open(handle, "w") as file:
-                json.dump(self.table, file, indent=1)
-            os.chmod(temporary, 0o644)  # a cache may be made by one user and read by others
-            os.replace(temporary, self.path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)

@@ -21,8 +21,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -246,22 +247,44 @@ def _place(source: str, name: str, flags: Sequence[str]) -> tuple[list[str], str
 
 
 def _intact(library: Path) -> bool:
-    """Is the file there and whole? Mapping a truncated library, as a crash may leave it, would kill the process."""
+    """Mapping a truncated library would kill the process."""
+    return read_whole(library) is not None
+
+
+def read_whole(path: Path) -> bytes | None:
+    """What a file that ends with its checksum holds before it; None if it isn't there, or not whole, as a crash may leave it."""
     try:
-        content = library.read_bytes()
+        data = path.read_bytes()
     except OSError:
-        return False
-    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+        return None
+    content = data[:-32]
+    return content if data[-32:] == checksum(content) else None
+
+
+def checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place if the block ends well: other processes see all or nothing. Everybody may read
+    it: a cache may be made by one user and read by others."""
+    handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _build(command: list[str], source: str, library: Path) -> None:
-    """Compile into a temporary file beside the library, end it with its checksum and rename it: other processes see
-    all or nothing."""
-    handle, temporary = tempfile.mkstemp(suffix=".so", prefix=library.stem + "-", dir=library.parent)
-    os.close(handle)
-    try:
+    """Compile into the file, which ends with its checksum."""
+    with replacing(library) as temporary:
         done = subprocess.run(
-            [*command, "-x", "c", "-", "-o", temporary, "-lm"], input=source, capture_output=True, text=True,
+            [*command, "-x", "c", "-", "-o", str(temporary), "-lm"], input=source, capture_output=True, text=True,
             env={**os.environ, "TMPDIR": str(library.parent), "LC_ALL": "C"},
         )  # fmt: skip
         if done.returncode:
@@ -278,9 +301,4 @@ def _build(command: list[str], source: str, library: Path) -> None:
                 f"in {kept}. Please report it; meanwhile CC=<another compiler> may help."
             )
         with open(temporary, "r+b") as built:
-            checksum = hashlib.sha256(built.read()).digest()
-            built.write(checksum)
-        os.chmod(temporary, 0o644)  # a cache may be made by one user and read by others
-        os.replace(temporary, library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+            built.write(checksum(built.read()))

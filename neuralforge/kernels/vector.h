@@ -63,14 +63,17 @@ STORE_SOME(d, double)
 LOAD_SOME(l, long)
 STORE_SOME(l, long)
 
-/* True in the first n lanes. */
+/* A number for each lane, and the mask that is true in the first n. */
 #if L == 16
-#define UNTIL(n) ((b){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < (b){} + (int)(n))
+#define LANES(E, s) (b){E(0, s), E(1, s), E(2, s), E(3, s), E(4, s), E(5, s), E(6, s), E(7, s), \
+                        E(8, s), E(9, s), E(10, s), E(11, s), E(12, s), E(13, s), E(14, s), E(15, s)}
 #elif L == 8
-#define UNTIL(n) ((b){0, 1, 2, 3, 4, 5, 6, 7} < (b){} + (int)(n))
+#define LANES(E, s) (b){E(0, s), E(1, s), E(2, s), E(3, s), E(4, s), E(5, s), E(6, s), E(7, s)}
 #else
-#define UNTIL(n) ((b){0, 1, 2, 3} < (b){} + (int)(n))
+#define LANES(E, s) (b){E(0, s), E(1, s), E(2, s), E(3, s)}
 #endif
+#define ITSELF(j, s) (j)
+#define UNTIL(n) (LANES(ITSELF, 0) < (b){} + (int)(n))
 /* Lanes one by one would go through memory, and the vector made of them wait for it: rows of 100 took three times as long as rows
    of 96. */
 #if defined(__AVX512F__)
@@ -368,7 +371,8 @@ INLINE f erf_f(f x) {
 
 /* ---- double: the exponential, of which softmax and sigmoid are made; the rest is the C library's, lane by lane */
 
-/* As for float: a Taylor polynomial of 13 terms, and a power of two in two factors. A NaN stays one. In halves, which are registers. */
+/* As for float: a Taylor polynomial of 13 terms, and a power of two in two factors. A NaN stays one. In halves, which are registers:
+   limits by MIN_d and MAX_d, through memory, take three times as long. */
 typedef double half_d __attribute__((vector_size(L * 4)));
 typedef long half_l __attribute__((vector_size(L * 4)));
 INLINE half_d exp_half(half_d x) {

@@ -173,11 +173,12 @@ def test_gradients_and_the_compiler(dtypes, interleaved, isa):
     x, cos, sin = operands((2, 3, 5, 34), dtypes)
     f = lambda x, cos, sin: rotary(x, cos, sin, interleaved=interleaved).float().sin().sum()
     exact = nf.grad(f)(x.double(), cos.double(), sin.double())
+    bound = 1e-5 if x.dtype == torch.float32 else 0.06 if interleaved else 0.05  # rounding the result alone makes 0.053 of these numbers
     leaf = x.clone().requires_grad_()
     f(leaf, cos, sin).backward()
     for found in (nf.grad(f)(x, cos, sin), nf.jit(nf.grad(f))(x, cos, sin), leaf.grad):
         assert found.dtype == x.dtype
-        assert torch.allclose(found.double(), exact, atol=0.1 if x.dtype == torch.bfloat16 else 1e-5)
+        assert torch.allclose(found.double(), exact, atol=bound)
     graph = capture(nf.grad(f), x, cos, sin).graph
     own = [eq for eq in graph.equations if eq.name == "neuralforge.rotary"]
     kernels = claim(graph)

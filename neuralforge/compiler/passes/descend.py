@@ -25,8 +25,6 @@ DESCENDING = {
     aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.binary_cross_entropy,
     aten.binary_cross_entropy_with_logits, aten.binary_cross_entropy_backward, aten.lerp, aten.logit, aten.logit_backward,
 }  # fmt: skip
-
-
 SPREADS = {aten.var.correction, aten.std.correction}
 
 
@@ -36,8 +34,7 @@ def descend(graph: Graph) -> Graph:
     env: dict[Value, Any] = {}
     for eq in graph.equations:
         eq = eq.reading(env)
-        wanted = getattr(eq.op, "overloadpacket", None) in DESCENDING and not supported(eq)
-        inside = _definition(eq) if wanted else _spread(eq) if eq.op in SPREADS and role(eq) is None else None
+        inside = _inside(eq)
         if inside is None:
             builder.equations.append(eq)
             continue
@@ -48,6 +45,13 @@ def descend(graph: Graph) -> Graph:
             inner.update(zip(part.results, leaves(out)))
         env.update(zip(eq.results, substitute(inside.outputs, inner)))
     return graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env))
+
+
+def _inside(eq: Equation) -> Graph | None:
+    if eq.op in SPREADS:
+        return _spread(eq) if role(eq) is None else None
+    wanted = getattr(eq.op, "overloadpacket", None) in DESCENDING and not supported(eq)
+    return _definition(eq) if wanted else None
 
 
 def _definition(eq: Equation) -> Graph | None:
@@ -73,9 +77,10 @@ def _spread(eq: Equation) -> Graph | None:
     count = math.prod(x.shape[d] for d in dims)
     if x.dtype not in (torch.float32, torch.float64) or count <= correction:
         return None
+    rows = over_rows(x, dims, "row") is not None
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        if over_rows(eq.args[0], dims, "row"):
+        if rows:
             variance = aten.var.correction(x, dims, correction=correction, keepdim=keepdim)
         else:
             variance = (x - x.mean(dims, True)).square().sum(dims, keepdim) / (count - correction)

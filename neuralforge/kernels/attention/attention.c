@@ -604,8 +604,10 @@ long attention_backward(const Shape *z, const Arrays *x) {
             Arrays own_x;
             if (!memory) continue;
             Ahead ahead = nothing_ahead(z, 5);
+            Shape given = *z;
+            given.ahead = &ahead;
             if (whole) {
-                long b = sequence(z, x, n / z->G, &own, &own_x), g = n % z->G, h = g * share;
+                long b = sequence(&given, x, n / z->G, &own, &own_x), g = n % z->G, h = g * share;
                 foresee(&ahead, own_x.dq, b, h, 0, own.T, 1);
                 foresee(&ahead, own_x.dk, b, g, 0, own.S, 1);
                 foresee(&ahead, own_x.dv, b, g, 0, own.S, 1);
@@ -619,16 +621,13 @@ long attention_backward(const Shape *z, const Arrays *x) {
                     foresee(&ahead, then_x.g, b, h, 0, then.T, 0);
                     foresee(&ahead, then_x.out, b, h, 0, then.T, 0);
                 }
-                own.ahead = &ahead;
                 backward_part(&own, &own_x, b, h, share, 0, own.T, 0, own.S, 1, 1, memory);
             } else if (n < heads * q_parts) {
-                long head = n / q_parts, i = n % q_parts * BQ, b = sequence(z, x, head / z->H, &own, &own_x);
-                own.ahead = &ahead;
+                long head = n / q_parts, i = n % q_parts * BQ, b = sequence(&given, x, head / z->H, &own, &own_x);
                 if (i < own.T) backward_part(&own, &own_x, b, head % z->H, 1, i, least(BQ, own.T - i), 0, own.S, 1, 0, memory);
             } else {
                 long part = n - heads * q_parts, group = part / k_parts, i = part % k_parts * BK;
-                long b = sequence(z, x, group / z->G, &own, &own_x), h = group % z->G * share;
-                own.ahead = &ahead;
+                long b = sequence(&given, x, group / z->G, &own, &own_x), h = group % z->G * share;
                 if (i < own.S) backward_part(&own, &own_x, b, h, share, 0, own.T, i, least(BK, own.S - i), 0, 1, memory);
             }
         }
