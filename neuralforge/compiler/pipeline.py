@@ -24,7 +24,6 @@ from .passes.loss_head import chunk_loss_heads
 from .passes.narrow import narrow_losses
 from .passes.rewrites import Rewrites
 from .passes.side_by_side import attention_side_by_side, concatenate_stacks
-from .passes.widen import widen_products
 
 PASSES: list[Callable[[Graph], Graph]] = [
     descend,
@@ -36,7 +35,6 @@ PASSES: list[Callable[[Graph], Graph]] = [
     simplify,
     common_subexpressions,
     narrow_losses,
-    widen_products,
     dead_code,
     join_losses,
     chunk_loss_heads,

@@ -21,17 +21,18 @@ from ..graph.ir import Equation, Value
 from ..kernels import matmul
 from ..kernels.choices import Choices
 from ..kernels.native import built_ahead
-from ..kernels.toolchain import isa
+from ..kernels.toolchain import has_bfloat16, isa
 from ..memory import keep_pages
 from .kernels import Kernel
 
 aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 NEAR = 4
 """A product that differs from a timed one in one length alone, at most so many times, takes over its choice."""
 LONGEST = 1024
 """Rows, columns and summands that products are timed with at most: more take longer, but no other kernel is the fastest."""
-HANDICAP = {"aten": 1.08, "onednn": 1.25}
+HANDICAP = {"aten": 1.08, "float32": 1.08, "onednn": 1.25}
 """By how many times these have to be faster than our kernel, with which groups are joined, and whose results need no copies. In a
 program, where operands come from memory, others lose 3 to 10 % of what they reach on operands in a cache; and oneDNN allocates
 within its calls, 40 MB for 50 MB of results, which no plan knows of."""
@@ -63,6 +64,18 @@ def onednn(eq: Equation) -> Kernel | None:
             outputs[0][i : i + piece].copy_(part)
 
     return Kernel(run, scratch=lambda eq: min(rows, piece) * columns * 4, library="oneDNN")
+
+
+def in_float32(eq: Equation) -> Kernel | None:
+    """A product of bfloat16 by ATen on copies in float32, where the CPU has no instructions for it: ATen's own code takes 25 times
+    as long as for float32. None where it has, or for other types."""
+    if has_bfloat16() or eq.op not in PRODUCTS or not _plain(eq.args, torch.bfloat16):
+        return None
+
+    def run(outputs: tuple, args: tuple, kwargs: dict) -> None:
+        outputs[0].copy_(eq.op(*(t.float() for t in args), **kwargs))
+
+    return Kernel(run, scratch=lambda eq: 4 * sum(v.fake.numel() for v in (*eq.args, eq.outputs)))
 
 
 def product_operands(eq: Equation) -> tuple[Value, Value, Value | None]:
@@ -125,15 +138,17 @@ def choose_products(equations: list[Equation]) -> Products:
     found = Products()
     memory: dict[tuple, torch.Tensor] = {}
     for eq in equations:
-        others = {"onednn": onednn(eq), "own": own(eq)}
+        others = {"float32": in_float32(eq), "onednn": onednn(eq), "own": own(eq)}
         others = {name: kernel for name, kernel in others.items() if kernel is not None}
-        candidates = {"aten": eq.op} | {name: partial(_into_new, kernel) for name, kernel in others.items()}
-        if len(candidates) == 1:
+        if not others:
             continue
+        candidates = {} if "float32" in others else {"aten": eq.op}
+        candidates |= {name: partial(_into_new, kernel) for name, kernel in others.items()}
         layouts = ";".join(f"{tuple(v.shape)}{tuple(v.strides)}" for v in eq.args)
         key = f"{eq.name} {layouts} threads={torch.get_num_threads()} {isa()}"
         key += " bfloat16" if eq.outputs.dtype == torch.bfloat16 else ""
-        choice = choices.get(key, partial(_measured, candidates, eq.args, memory, key, timed))
+        measure = partial(_measured, candidates, eq.args, memory, key, timed)
+        choice = choices.get(key, measure) if len(candidates) > 1 else next(iter(candidates))
         if choice in others:
             found.kernels[eq] = others[choice]
             found.own |= {eq} if choice == "own" else set()

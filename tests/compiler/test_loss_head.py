@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler.passes import loss_head, widen
+from neuralforge.compiler.passes import loss_head
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture
 from neuralforge.kernels import cross_entropy, linear_cross_entropy
@@ -57,9 +57,8 @@ def lowered(f):
 
 
 @pytest.mark.parametrize("name", ["linear", "bias", "batches"])
-def test_autocast(name, operands, monkeypatch):
+def test_autocast(name, operands):
     """Logits in bfloat16; the weight's gradient is summed up in float32 and never rounded."""
-    monkeypatch.setattr(widen, "has_bfloat16", lambda: True)
     wanted = (0, 1, 2) if name == "bias" else (0, 1)
     step, exact = nf.value_and_grad(lowered(HEADS[name]), argnums=wanted), nf.value_and_grad(HEADS[name], argnums=wanted)
     heads = [eq for eq in optimise(capture(step, *operands).graph).equations if eq.name == TOGETHER]
@@ -71,9 +70,8 @@ def test_autocast(name, operands, monkeypatch):
         assert (found - true).norm() < 1.2 * (theirs - true).norm() < 0.05 * true.norm()
 
 
-def test_weights_in_bfloat16(operands, monkeypatch):
+def test_weights_in_bfloat16(operands):
     """Their gradients are, too, but their sums aren't: below so many logits those would take as much memory."""
-    monkeypatch.setattr(widen, "has_bfloat16", lambda: True)
     x, w, b, t = operands
     step = nf.value_and_grad(HEADS["linear"], argnums=(0, 1))
     args = x.bfloat16(), w.bfloat16(), b, t
@@ -85,8 +83,7 @@ def test_weights_in_bfloat16(operands, monkeypatch):
         assert found.dtype == torch.bfloat16 and (found - true).norm() < 0.05 * true.norm()
 
 
-def test_left_alone_where_sums_in_float32_need_the_memory(monkeypatch):
-    monkeypatch.setattr(widen, "has_bfloat16", lambda: True)
+def test_left_alone_where_sums_in_float32_need_the_memory():
     args = torch.randn(N, 256).bfloat16(), torch.randn(V, 256).bfloat16(), torch.randint(0, V, (N,))
     step = nf.value_and_grad(lambda x, w, t: F.cross_entropy(F.linear(x, w), t), argnums=(0, 1))
     assert TOGETHER not in [eq.name for eq in optimise(capture(step, *args).graph).equations]

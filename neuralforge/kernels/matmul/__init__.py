@@ -1,8 +1,8 @@
 """Matrix product with bias: blocks packed for the caches, sums in registers, threads by tiles.
 
-In float32, and in bfloat16 where the CPU multiplies it faster: products summed in float32, and the result rounded once. On Intel's
-tiles (AMX) float32 is made of three terms of bfloat16, no less accurately than by multiply-adds (`tiles.h`); `NEURALFORGE_ISA=avx512`
-keeps to these. (There, and in bfloat16, what is below the normal numbers counts as zero.) Operands may have any strides, so that
+In float32 and bfloat16: products summed in float32, and the result rounded once. Where the CPU doesn't multiply bfloat16 faster,
+its numbers are widened as they are packed. On Intel's tiles (AMX) float32 is made of three terms of bfloat16, no less accurately than by multiply-adds (`tiles.h`); `NEURALFORGE_ISA=avx512`
+keeps to these. (There, and in products of bfloat16 by instructions of its own, what is below the normal numbers counts as zero.) Operands may have any strides, so that
 transposes cost nothing; `forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as
 in torch.mm.
 """
@@ -17,7 +17,6 @@ import torch
 
 from ...errors import KernelError
 from ..native import AMX, CELLS, TRANSPOSE, Native, long, pointer
-from ..toolchain import fast_dot, has_amx
 
 _FILE, *_HEADERS = (Path(__file__).with_name(name) for name in ("matmul.c", "vectors.h", "tiles.h"))
 _HEADERS = (TRANSPOSE, CELLS, AMX, *_HEADERS)
@@ -87,7 +86,7 @@ def check(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Has this machine C code for matrices of `dtype`?"""
-    return (dtype == torch.float32 or dtype == torch.bfloat16 and (fast_dot() or has_amx())) and _NATIVE[dtype].available()
+    return dtype in _NATIVE and _NATIVE[dtype].available()
 
 
 def native(*operands: torch.Tensor | None) -> bool:

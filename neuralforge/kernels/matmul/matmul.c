@@ -28,16 +28,28 @@ static void tile(const cell *a, const cell *b, int across, const float *from, lo
         float part[MR * NR] __attribute__((aligned(64)));
         long outer = call / inner, turn = call % inner, i = MR * (across ? turn : outer), j = NR * (across ? outer : turn);
         long height = least(MR, rows - i), wide = least(NR, columns - j), down = from_down;
-        int whole = to.padded || height == MR && wide == NR;
+#ifdef ROUNDED_LATER
+        int whole = !to.narrow && (to.padded || height == MR && wide == NR), narrow = 0;
+#else
+        int whole = to.padded || height == MR && wide == NR, narrow = to.narrow;
+#endif
         const float *begin = from ? from + i * down + j : 0;
         char *end = (char *)to.at + (i * to.down + j) * size;
         if (!whole && begin == (float *)end) {
-            for (long r = 0; r < height; r++) __builtin_memcpy(part + r * NR, begin + r * down, wide * size);
+            for (long r = 0; r < height; r++) __builtin_memcpy(part + r * NR, begin + r * down, wide * sizeof *part);
             begin = part, down = NR;
         }
-        registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR, to.narrow,
+        registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR, narrow,
                   (across ? b : a) + (outer + 1) * width + turn * width / inner,
                   next.at + call / lines * MR * next.apart + call % lines * 128, next.apart);
+#ifdef ROUNDED_LATER
+        for (long r = 0; to.narrow && r < height; r++) {
+            stored *row = (stored *)end + r * to.down;
+            if (wide == NR) store_bf(row, load_f(part + r * NR)), store_bf(row + L, load_f(part + r * NR + L));
+            else for (long l = 0; l < wide; l += L) store_some_bf(row + l, load_f(part + r * NR + l), least(L, wide - l));
+        }
+        if (to.narrow) continue;
+#endif
         if (!whole)
             for (long r = 0; r < height; r++)
                 __builtin_memcpy(end + r * to.down * size, (char *)part + r * NR * size, wide * size);

@@ -1,18 +1,22 @@
 /* The tile of registers, MR x NR, by vectors of multiply-adds, and its operands' form in packed memory: panels of MR rows of
    a, or NR columns of b, first the first cells of all of them, then their second, ... A cell is what one lane multiplies
-   and adds at once: a float, or two bfloat16 that are neighbours along k, for the dot product of pairs. The loop over k is
-   in assembly: compilers spill accumulators to memory. */
+   and adds at once: a float, or two bfloat16 that are neighbours along k, for the dot product of pairs. Where the CPU has no
+   fast one, bfloat16 is widened as it is packed. The loop over k is in assembly: compilers spill accumulators to memory. */
 
 #ifndef AMX
-#ifdef BFLOAT16
+#if defined(BFLOAT16) && defined(BFLOAT16_DOT)
+#define PAIRS
 #define UNIT 2
 #define MULTIPLY "vdpbf16ps "
 INLINE cell cell_at(const stored *x, long step, long k) { return k > 1 ? x[0] | (cell)x[step] << 16 : x[0]; }
 #else
-typedef stored cell;
+typedef float cell;
 #define UNIT 1
 #define MULTIPLY "vfmadd231ps "
-INLINE cell cell_at(const stored *x, long step, long k) { return *x; }
+INLINE cell cell_at(const stored *x, long step, long k) { return as_float(*x); }
+#ifdef BFLOAT16
+#define ROUNDED_LATER
+#endif
 #endif
 
 #if defined(__AVX512F__)
@@ -62,7 +66,7 @@ INLINE Tiles begin_products(void) { return 0; }
 INLINE void end_products(Tiles before) { (void)before; }
 
 /* A tile of registers, MR x NR: `to` = `from` + a b over k cells; `from`, which may be null for zeros, and `to` have their
-   rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16. Meanwhile the caches fetch, for later: part of the
+   rows `from_down` and `to_down` apart. `narrow`: `to` is of bfloat16 (not where that is ROUNDED_LATER). Meanwhile the caches fetch, for later: part of the
    next panel of b, rows of `to`, and two lines each of as many rows of A, `ahead_down` bytes apart. All of it is spread over
    the loop: with a dozen lines under way a core waits. */
 #ifdef ROWS
@@ -80,7 +84,7 @@ INLINE void end_products(Tiles before) { (void)before; }
 #define FETCH_PANEL "prefetcht1 (%[next])\n\tadd $64, %[next]\n\t"
 #define ADD(i, low, high) "vaddps (%[p]), " REG(low) ", " REG(low) "\n\tvaddps " WIDTH "(%[p]), " REG(high) ", " REG(high) "\n\tadd %[from_down], %[p]\n\t"
 #define STORE(i, low, high) "vmovups " REG(low) ", (%[p])\n\tvmovups " REG(high) ", " WIDTH "(%[p])\n\tadd %[to_down], %[p]\n\t"
-#ifdef BFLOAT16
+#ifdef PAIRS
 #define NARROW(i, low, high) "vcvtne2ps2bf16 " REG(low) ", " REG(high) ", " EVEN "\n\tvmovups " EVEN ", (%[p])\n\tadd %[to_down], %[p]\n\t"
 #define STORE_NARROW "test %[narrow], %[narrow]\n\tjz 6f\n\t" ROWS(NARROW) "jmp 7f\n6:\n\t"
 #else
@@ -126,15 +130,20 @@ static void registers(const cell *a, const cell *b, long k, const float *from, l
 
 /* `n` vectors, `apart` each other, each of k neighbours, into a panel of `width`: squares transposed in registers. Of fewer than L
    the last is taken again; what is too much of a row is written over by the next one, but for the last of a square. */
+#ifdef PAIRS
 typedef f f_stored __attribute__((aligned(sizeof(stored)), may_alias));
+INLINE f load_row(const stored *x) { return *(const f_stored *)x; }
+#else
+INLINE f load_row(const stored *x) { return STORED(load)(x); }
+#endif
 INLINE void pack_square(const stored *x, long apart, const long n, long k, const long width, cell *out) {
     for (; k >= L * UNIT; k -= L * UNIT, x += L * UNIT, out += L * width) {
         f v[L];
         #pragma GCC unroll 16
-        for (long j = 0; j < L; j++) v[j] = *(const f_stored *)(x + least(j, n - 1) * apart);
+        for (long j = 0; j < L; j++) v[j] = load_row(x + least(j, n - 1) * apart);
         transpose(v);
         #pragma GCC unroll 16
-        for (long j = 0; j < L - 1; j++) *(f_stored *)(out + j * width) = v[j];
+        for (long j = 0; j < L - 1; j++) store_f((float *)(out + j * width), v[j]);
         __builtin_memcpy(out + (L - 1) * width, &v[L - 1], n * sizeof *out);
     }
     for (; k > 0; k -= UNIT, x += UNIT, out += width)
@@ -143,7 +152,7 @@ INLINE void pack_square(const stored *x, long apart, const long n, long k, const
 
 /* Cells that lie along the rows of memory, `width` of them. */
 INLINE void pack_row(const stored *x, long step, long k, long width, cell *out) {
-#ifdef BFLOAT16
+#if defined(PAIRS)
     typedef stored eight __attribute__((vector_size(16)));
     typedef stored eight_any __attribute__((vector_size(16), aligned(2)));
     #define ZIP(x, y, i) __builtin_shuffle(x, y, (eight){i, 8 + i, 1 + i, 9 + i, 2 + i, 10 + i, 3 + i, 11 + i})
@@ -153,6 +162,16 @@ INLINE void pack_row(const stored *x, long step, long k, long width, cell *out) 
         if (k > 1) odd = *(eight_any *)(x + step + at);
         *(eight_any *)(out + at) = ZIP(even, odd, 0);
         *(eight_any *)(out + at + 4) = ZIP(even, odd, 4);
+    }
+#elif defined(BFLOAT16)
+    typedef stored four __attribute__((vector_size(8)));
+    typedef unsigned wide __attribute__((vector_size(16)));
+    typedef four four_any __attribute__((aligned(2), may_alias));
+    typedef wide wide_any __attribute__((aligned(4), may_alias));
+    for (long l = 0; width % L == 0 && l < width; l += L) store_f(out + l, load_bf(x + l));
+    for (long l = 0; width % L && l < width; l += 4) {
+        long at = least(l, width - 4); /* the last four may overlap */
+        *(wide_any *)(out + at) = __builtin_convertvector(*(const four_any *)(x + at), wide) << 16;
     }
 #else
     __builtin_memcpy(out, x, width * sizeof *out);
