@@ -75,18 +75,13 @@ class Native:
         return self._works
 
 
-def likely() -> list[Native]:
-    """The kernels that programs on this machine will need: their variants are for bfloat16."""
-    return [kernel for kernel in _ALL if not kernel.defines or fast_dot() or has_amx()]
-
-
 def build_ahead() -> None:
     """Start building the kernels that this machine's cache hasn't got, on a thread of its own; says so, once a process.
     Without a compiler, or with a cache that can't be written to, does nothing."""
     if isa() in _building:
         return
     try:
-        missing = [n for n in likely() if isa() not in n._loaded and not in_cache(n.source, n.path.stem)]
+        missing = [n for n in _ALL if isa() not in n._loaded and not in_cache(n.source, n.path.stem)]
         if missing:
             cache_folder()  # warns here, on the user's thread, where it is no good
     except KernelError:  # told where a kernel is needed
