@@ -1,9 +1,9 @@
 """Matrix product with bias: blocks packed for the caches, sums in registers, threads by tiles.
 
 In float32 and bfloat16: products summed in float32, and the result rounded once. Where the CPU doesn't multiply bfloat16 faster,
-its numbers are widened as they are packed. On Intel's tiles (AMX) float32 is made of three terms of bfloat16, no less accurately than by multiply-adds (`tiles.h`); `NEURALFORGE_ISA=avx512`
-keeps to these. (There, and in products of bfloat16 by instructions of its own, what is below the normal numbers counts as zero.) Operands may have any strides, so that
-transposes cost nothing; `forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as
+its numbers are widened as they are packed. On Intel's tiles (AMX) float32 is made of three terms of bfloat16, no less accurately
+than by multiply-adds (`tiles.h`); `NEURALFORGE_ISA=avx512` keeps to these. (There, and in products of bfloat16 by instructions of
+its own, what is below the normal numbers counts as zero.) Operands may have any strides, so that transposes cost nothing; `forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as
 in torch.mm.
 """
 

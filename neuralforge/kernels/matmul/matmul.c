@@ -8,7 +8,8 @@
 
 #define SHARED (2 << 20)           /* cells of packed B, */
 #define DEEP (3072 / KC)           /* of so many blocks of k, if it can't be of all */
-#define MOST ((MC + NR - 1) / NR * NR) /* rows or columns that a thread packs for itself */
+#define ITS_OWN ((MC + NR - 1) / NR * NR) /* rows or columns that a thread packs for itself, */
+#define MOST (ITS_OWN > GROUP * NR ? ITS_OWN : GROUP * NR) /* and that are packed at once */
 #define SERIAL 65536               /* multiplications that one thread does alone */
 #define MADE 128                   /* numbers along k that are made at once */
 
@@ -39,14 +40,17 @@ static void tile(const cell *a, const cell *b, int across, const float *from, lo
             for (long r = 0; r < height; r++) __builtin_memcpy(part + r * NR, begin + r * down, wide * sizeof *part);
             begin = part, down = NR;
         }
-        registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR, narrow,
-                  (across ? b : a) + (outer + 1) * width + turn * width / inner,
+        registers(a + i * depth, b + j * depth, depth, begin, down, whole ? end : (void *)part, whole ? to.down : NR,
+                  parts(wide, L), narrow, (across ? b : a) + (outer + 1) * width + turn * width / inner,
                   next.at + call / lines * MR * next.apart + call % lines * 128, next.apart);
 #ifdef ROUNDED_LATER
         for (long r = 0; to.narrow && r < height; r++) {
             stored *row = (stored *)end + r * to.down;
-            if (wide == NR) store_bf(row, load_f(part + r * NR)), store_bf(row + L, load_f(part + r * NR + L));
-            else for (long l = 0; l < wide; l += L) store_some_bf(row + l, load_f(part + r * NR + l), least(L, wide - l));
+            for (long l = 0; l < wide; l += L) {
+                f x = load_f(part + r * NR + l);
+                if (l + L <= wide) store_bf(row + l, x);
+                else store_some_bf(row + l, x, wide - l);
+            }
         }
         if (to.narrow) continue;
 #endif
@@ -170,7 +174,7 @@ static struct needs needs_of(long M, long N, long K, int finish, int sums) {
     x.shared = cells_of(x.deep) * x.wide * sizeof(cell) + up(N, NR) * sizeof(float);
     x.sums = x.several ? up(M, MR) * up(N, NR) * sizeof(float) : 0;
     x.threads = (double)M * N * K > SERIAL ? omp_get_max_threads() : 1;
-    long vectors = least(MOST, x.flat ? up(N, NR) : up(M, MR));
+    long vectors = least(ITS_OWN, x.flat ? up(N, NR) : up(M, MR));
     x.packed = up(vectors * cells_of(x.block) * sizeof(cell), 64);
     x.own = x.packed + (x.direct || x.several ? 0 : vectors * (least(NC, x.flat ? M : N) + NR) * sizeof(float));
     return x;

@@ -29,7 +29,7 @@ INLINE long cells_of(long k) { return parts(k, UNIT) * 16 * TERMS; }
    to be there again one or two products later. Meanwhile the caches fetch part of the panel at `next`, and rows of `to`, one
    line after the other: all at once they would hold up the loads of tiles. */
 static void registers(const cell *a, const cell *b, long k, const float *from, long from_down, void *to, long to_down,
-                      long narrow, const cell *next, const char *ahead, long ahead_down) {
+                      long vectors, long narrow, const cell *next, const char *ahead, long ahead_down) {
     float wide[16 * NR] __attribute__((aligned(64)));
     const char *row = to;
     if (from) {
