@@ -20,7 +20,7 @@ from .rewrites import make, refuse
 
 aten, own = torch.ops.aten, torch.ops.neuralforge
 LOSSES, TOGETHER = own.cross_entropy.default, own.cross_entropy_with_gradient.default
-SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 28}
+SMALL = {torch.float32: 1 << 25, torch.bfloat16: 1 << 28}
 """Bytes of logits below which they stay in memory: products of few rows take longer, above all where products are fast. Logits of
 other types always do."""
 
