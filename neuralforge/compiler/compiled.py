@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec
 from ..errors import CaptureError
 from ..graph import Captured, Graph
 from ..graph.source import user_line
+from ..kernels.native import build_ahead
 from ..memory import Arena, give_pages_back, paused_collector
 from . import on_disk
 from .column_sums import join_column_sums
@@ -35,6 +36,8 @@ class Compiled:
         self, captured: Captured, donated: list[int], memory_budget: int | None, max_rewrites: int | None = None,
         arena: Arena | None = None,
     ):  # fmt: skip
+        if any(v.dtype == torch.bfloat16 for eq in captured.graph.equations for v in eq.results):
+            build_ahead(bfloat16=True)
         rewrites = Rewrites(max_rewrites)
         graph = _optimised(captured.graph, rewrites)
         self.out_tree: TreeSpec = captured.out_tree

@@ -37,7 +37,7 @@ def prelude() -> str:
 
 _COMMON, TRANSPOSE, CELLS, AMX = (Path(__file__).with_name(f"{name}.h") for name in ("kernel", "transpose", "cells", "amx"))
 _ALL: list[Native] = []
-_building: dict[str, threading.Thread] = {}  # by instruction set
+_building: dict[tuple[str, bool], threading.Thread] = {}  # by instruction set, and whether for bfloat16
 
 
 class Native:
@@ -75,20 +75,22 @@ class Native:
         return self._works
 
 
-def build_ahead() -> None:
-    """Start building the kernels that this machine's cache hasn't got, on a thread of its own; says so, once a process.
-    Without a compiler, or with a cache that can't be written to, does nothing."""
-    if isa() in _building:
+def build_ahead(bfloat16: bool = False) -> None:
+    """Start building the kernels that this machine's cache hasn't got, or their variants for bfloat16, on a thread of its own; says
+    so, once a process. Without a compiler, or with a cache that can't be written to, does nothing."""
+    if (isa(), bfloat16) in _building:
         return
     try:
-        missing = [n for n in _ALL if isa() not in n._loaded and not in_cache(n.source, n.path.stem)]
+        wanted = (n for n in _ALL if bool(n.defines) == bfloat16 and isa() not in n._loaded)
+        missing = [n for n in wanted if not in_cache(n.source, n.path.stem)]
         if missing:
             cache_folder()  # warns here, on the user's thread, where it is no good
     except KernelError:  # told where a kernel is needed
         missing = []
-    thread = _building[isa()] = threading.Thread(target=_build, args=(missing,))
+    thread = _building[isa(), bfloat16] = threading.Thread(target=_build, args=(missing,))
     if missing:
-        print("building the kernels for this machine, once: a few seconds", file=sys.stderr)
+        what = "kernels for bfloat16" if bfloat16 else "kernels"
+        print(f"building the {what} for this machine, once: a few seconds", file=sys.stderr)
         thread.start()
 
 
@@ -102,9 +104,9 @@ def _build(kernels: list[Native]) -> None:
 
 def built_ahead() -> None:
     """Return when nothing is being built any more, and times can be taken."""
-    thread = _building.get(isa())
-    if thread is not None and thread.is_alive():
-        thread.join()
+    for thread in list(_building.values()):
+        if thread.is_alive():
+            thread.join()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
