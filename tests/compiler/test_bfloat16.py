@@ -12,11 +12,11 @@ from torch.func import functional_call
 import neuralforge as nf
 from neuralforge.compiler import products
 from neuralforge.compiler.pipeline import optimise
+from neuralforge.compiler.products import PRODUCTS
 from neuralforge.graph import capture
 from neuralforge.models import ModelConfig, build, next_token_loss
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
 class MLP(nn.Module):

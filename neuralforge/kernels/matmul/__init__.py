@@ -3,8 +3,8 @@
 In float32 and bfloat16: products summed in float32, and the result rounded once. Where the CPU doesn't multiply bfloat16 faster,
 its numbers are widened as they are packed. On Intel's tiles (AMX) float32 is made of three terms of bfloat16, no less accurately
 than by multiply-adds (`tiles.h`); `NEURALFORGE_ISA=avx512` keeps to these. (There, and in products of bfloat16 by instructions of
-its own, what is below the normal numbers counts as zero.) Operands may have any strides, so that transposes cost nothing; `forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as
-in torch.mm.
+its own, what is below the normal numbers counts as zero.) Operands may have any strides, so that transposes cost nothing;
+`forward` writes into any matrix whose rows or columns are contiguous. NaN and infinities go through as in torch.mm.
 """
 
 from __future__ import annotations

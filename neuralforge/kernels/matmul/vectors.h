@@ -92,10 +92,11 @@ INLINE void end_products(Tiles before) { (void)before; }
 #define LOAD(at, n, b) "vmovups " at "*" PANEL_B "+" #n "*" VECTOR "(%[b]), " b "\n\t"
 #define BY(b, sum) MULTIPLY EVEN ", " b ", " REG(sum) "\n\t"
 #define ROW(at, i, MULTIPLIED) "vbroadcastss " at "*" PANEL_A "+4*" #i "(%[a]), " EVEN "\n\t" MULTIPLIED
-#define ROW0(i, left, middle, right) ROW("0", i, BY(B_LEFT, left) BY(B_MIDDLE, middle) BY(B_RIGHT, right))
-#define ROW1(i, left, middle, right) ROW("1", i, BY(B_LEFT, left) BY(B_MIDDLE, middle) BY(B_RIGHT, right))
-#define ROW2(i, left, middle, right) ROW("2", i, BY(B_LEFT, left) BY(B_MIDDLE, middle) BY(B_RIGHT, right))
-#define ROW3(i, left, middle, right) ROW("3", i, BY(B_LEFT, left) BY(B_MIDDLE, middle) BY(B_RIGHT, right))
+#define ROW_OF_THREE(at, i, left, middle, right) ROW(at, i, BY(B_LEFT, left) BY(B_MIDDLE, middle) BY(B_RIGHT, right))
+#define ROW0(i, left, middle, right) ROW_OF_THREE("0", i, left, middle, right)
+#define ROW1(i, left, middle, right) ROW_OF_THREE("1", i, left, middle, right)
+#define ROW2(i, left, middle, right) ROW_OF_THREE("2", i, left, middle, right)
+#define ROW3(i, left, middle, right) ROW_OF_THREE("3", i, left, middle, right)
 #define STEP(at) LOAD(#at, 0, B_LEFT) LOAD(#at, 1, B_MIDDLE) LOAD(#at, 2, B_RIGHT) ROWS(ROW##at)
 #define ROW_OF_TWO(i, left, middle, right) ROW("0", i, BY(B_LEFT, left) BY(B_MIDDLE, middle))
 #define ROW_OF_ONE(i, left, middle, right) ROW("0", i, BY(B_LEFT, left))
