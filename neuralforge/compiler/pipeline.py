@@ -18,12 +18,13 @@ from .passes import (
     simplify,
     transpose_products,
 )
+from .passes.attention_strides import attention_reads_in_place, attention_writes_in_place
 from .passes.descend import descend
 from .passes.join_losses import join_losses
 from .passes.loss_head import chunk_loss_heads
 from .passes.narrow import narrow_losses
+from .passes.parts import concatenate_stacks, join_gradients
 from .passes.rewrites import Rewrites
-from .passes.side_by_side import attention_side_by_side, concatenate_stacks
 
 PASSES: list[Callable[[Graph], Graph]] = [
     descend,
@@ -39,8 +40,10 @@ PASSES: list[Callable[[Graph], Graph]] = [
     join_losses,
     chunk_loss_heads,
     dead_code,
+    join_gradients,
     concatenate_stacks,
-    attention_side_by_side,
+    attention_reads_in_place,
+    attention_writes_in_place,
     fuse,
     batch,
 ]

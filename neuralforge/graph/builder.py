@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from .ir import Equation, Graph, Value, map_tree
+from .ir import Equation, Graph, Value, leaves, map_tree, substitute
+from .tree import tree_unflatten
 
 
 class Builder:
@@ -28,6 +29,21 @@ class Builder:
         outputs = map_tree(lambda leaf: self._value(leaf) if hasattr(leaf, "stride") else leaf, out)
         self.equations.append(Equation(op, args, kwargs, outputs, source, origin))
         return outputs
+
+    def inline(self, f: Callable, *operands: Value, source: str = "", origin: str = "") -> Any:
+        """The results of `f`, a function of tensors, applied to values: its operators as equations."""
+        from .capture import capture
+
+        captured = capture(f, *(v.fake for v in operands))
+        return tree_unflatten(self.splice(captured.graph, list(operands), source=source, origin=origin), captured.out_tree)
+
+    def splice(self, graph: Graph, operands: list[Value], source: str = "", origin: str = "") -> list[Any]:
+        """The outputs of a graph without constants, applied to values: its equations anew."""
+        env: dict[Value, Any] = dict(zip(graph.inputs, operands))
+        for eq in graph.equations:
+            out = self.emit(eq.op, *substitute(eq.args, env), source=source, origin=origin, **substitute(eq.kwargs, env))
+            env.update(zip(eq.results, leaves(out)))
+        return substitute(graph.outputs, env)
 
     def _value(self, fake: Any) -> Value:
         while f"v{self._next}" in self._taken:

@@ -110,18 +110,6 @@ def _weighted(program: Program, v: Value, dims: Dims | None) -> Iterator[tuple[E
             yield eq, dims
 
 
-def _result(program: Program, v: Value) -> tuple[Value, Dims]:
-    """The last view of a product's result that everybody reads it through."""
-    dims = natural(v.shape)
-    while v not in program.results and len(users := program.users.get(v, ())) == 1:
-        through = viewed(users[0])
-        further = compose(through, dims, v.shape)
-        if further is None or any(run.axis is None for dim in further for run in dim):
-            break
-        v, dims = users[0].outputs, further
-    return v, dims
-
-
 def _batched(v: Value, dims: Dims) -> Dims:
     """An operand of mm as one of bmm."""
     return dims if len(dims) == 3 else ((), *dims)
@@ -167,7 +155,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     q4 = regroup(q_dims, (B, H, T, K))
     k4, v4 = (_grouped(d, B, H, r, S, K) for d in (k_dims, v_dims))
     # The result: its view in terms of the weights' dimensions and K, those in terms of [B, H, T, K].
-    out, out_dims = _result(program, weighted.outputs)
+    out, out_dims = program.last_view(weighted.outputs)
     flat = regroup(natural((B, H, T, K)), (*p.shape[:last], K))
     flat_p = (*flat[:last], (), flat[last])
     product_shape = (1, *weighted.outputs.shape)[-3:]

@@ -11,7 +11,7 @@ import torch
 from ...autograd.rules import find_definition
 from ...graph import capture
 from ...graph.builder import Builder
-from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.ir import Equation, Graph, Value, substitute
 from ..pointwise import supported
 from ..reductions import over_rows, role
 
@@ -38,12 +38,8 @@ def descend(graph: Graph) -> Graph:
         if inside is None:
             builder.equations.append(eq)
             continue
-        inner = dict(zip(inside.inputs, eq.inputs))
-        for part in inside.equations:
-            made = {"source": eq.source, "origin": eq.origin or "descend"}
-            out = builder.emit(part.op, *substitute(part.args, inner), **made, **substitute(part.kwargs, inner))
-            inner.update(zip(part.results, leaves(out)))
-        env.update(zip(eq.results, substitute(inside.outputs, inner)))
+        out = builder.splice(inside, list(eq.inputs), source=eq.source, origin=eq.origin or "descend")
+        env.update(zip(eq.results, out))
     return graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,21 +57,26 @@ def follow(eq: Equation, env: dict[Value, Value], builder: Builder) -> None:
         return
     args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
     made = {"source": eq.source, "origin": eq.origin}
-    packet = getattr(eq.op, "overloadpacket", None)
-    if packet in _BY_STORAGE and args[0].strides != eq.args[0].strides:
+    if getattr(eq.op, "overloadpacket", None) in _BY_STORAGE and args[0].strides != eq.args[0].strides:
         raise RuntimeError(f"{eq.name} depends on the layout of its operand")
-    try:
-        new = builder.emit(eq.op, *args, **made, **kwargs)
-    except (RuntimeError, ValueError):
-        if packet not in (aten.view, aten._unsafe_view):
-            raise
-        copy = builder.emit(aten.clone.default, args[0], memory_format=torch.contiguous_format, **made)
-        new = builder.emit(aten.view.default, copy, *args[1:], **made, **kwargs)
+    new = emit(builder, eq.op, *args, **made, **kwargs)
     if all(old.strides == v.strides for old, v in zip(eq.results, leaves(new))):
         last = builder.equations[-1]
         builder.equations[-1] = Equation(last.op, last.args, kwargs, eq.outputs, eq.source, eq.origin)
     else:
         env.update(zip(eq.results, leaves(new)))
+
+
+def emit(builder: Builder, op: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`builder.emit`, of operands that may be laid out otherwise than once: what can't be viewed is copied."""
+    try:
+        return builder.emit(op, *args, **kwargs)
+    except (RuntimeError, ValueError):
+        if op not in (aten.view.default, aten._unsafe_view.default):
+            raise
+        made = {name: kwargs[name] for name in ("source", "origin")}
+        copy = builder.emit(aten.clone.default, args[0], memory_format=torch.contiguous_format, **made)
+        return builder.emit(aten.view.default, copy, *args[1:], **made)
 
 
 def is_transpose(eq: Equation) -> bool:

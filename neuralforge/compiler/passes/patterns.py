@@ -25,7 +25,7 @@ from ...graph import capture
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
 from ...graph.operators import draws, is_random
-from .layout import follow
+from .layout import emit, follow
 from .rewrites import make, refuse
 from .simplify import dead_code
 from .views import Dims, compose, covers, natural, viewed
@@ -126,6 +126,16 @@ class Program:
             if further is None:
                 break
             v, dims = self.producers[v].args[0], further
+        return v, dims
+
+    def last_view(self, v: Value) -> tuple[Value, Dims]:
+        """The last view of `v` that everybody reads it through, and which; nothing of it repeated."""
+        dims = natural(v.shape)
+        while v not in self.results and len(users := self.users.get(v, ())) == 1:
+            further = compose(viewed(users[0]), dims, v.shape)
+            if further is None or any(run.axis is None for dim in further for run in dim):
+                break
+            v, dims = users[0].outputs, further
         return v, dims
 
     def place(self, v: Value) -> int:
@@ -578,6 +588,6 @@ class _Insertion:
         source = self.plan.match.equations[-1].source
         for eq in reversed(chosen):
             args, kwargs = substitute(eq.args, made), substitute(eq.kwargs, made)
-            out = self.builder.emit(eq.op, *args, source=source, origin=origin, **kwargs)
+            out = emit(self.builder, eq.op, *args, source=source, origin=origin, **kwargs)
             made.update(zip(eq.results, leaves(out)))
         self.env.update((v, made[new]) for v, new in wanted.items())
