@@ -148,6 +148,26 @@ def test_found_and_equal(f, operands):
     torch.testing.assert_close(nf.jit(step)(*args), step(*args), rtol=1e-4, atol=1e-4)
 
 
+def test_scaled_operands_are_no_steps_of_their_own():
+    for f, scale in ((scaled_queries, K**-0.5), (lambda q, k, v: ((q / 4) @ (k * 3).mT * 2).softmax(-1) @ v, 1.5)):
+        graph = optimise(capture(f, *heads(B, H, T, K)).graph)
+        (flash,) = [eq for eq in graph.equations if eq.name == FORWARD]
+        assert list(flash.args[:3]) == graph.inputs and flash.args[4] == pytest.approx(scale), str(graph)
+
+
+@pytest.mark.parametrize("f", [
+    lambda q, k, v: ((q := q * 0.3) @ k.mT).softmax(-1) @ v + q.sum(),
+    lambda q, k, v: (q @ (k := k / 2).mT).softmax(-1) @ (v * k.exp()),
+    lambda q, k, v: ((q * -1) @ (k * -0.5).mT).softmax(-1) @ v,
+])  # fmt: skip
+def test_scaled_operands_that_others_read(f):
+    args = heads(B, H, T, K)
+    step = nf.value_and_grad(lambda *args: f(*args).square().sum(), argnums=(0, 1, 2))
+    for g in (f, step):
+        torch.testing.assert_close(nf.jit(g)(*args), g(*args), rtol=1e-4, atol=1e-4)
+        assert FORWARD in names(g, *args)
+
+
 def test_causal_masks_and_windows_known_beforehand_are_no_operands():
     for f in (masked_fill_of_tril, masked_before_scaling, where_of_positions, where_not, added_mask, baddbmm):
         graph = optimise(capture(f, *heads(B, H, T, K)).graph)

@@ -1,4 +1,4 @@
-"""Layers written out become the operators that have kernels; stacks are concatenated in their places."""
+"""Layers written out become the operators that have kernels."""
 
 import pytest
 import torch
@@ -23,6 +23,14 @@ LINEAR = {
     "bias first": (lambda x, w, b: b + x @ w, (7, 5)),
     "batches": (lambda x, w, b: x @ w + b, (2, 3, 7, 5)),
     "transposed weight": (lambda x, w, b: x @ w.t().contiguous().t() + b, (2, 7, 5)),
+    "transposed batches": (lambda x, w, b: x.transpose(0, 1) @ w + b, (2, 7, 5)),
+    "by F.linear": (lambda x, w, b: F.linear(x.transpose(0, 1), w.t(), b), (2, 7, 5)),
+    "rows in another order": (lambda x, w, b: (x @ w).view(2, 7, 6).transpose(0, 1) + b, (14, 5)),
+    "rows of rows in another order": (lambda x, w, b: (x @ w).permute(2, 0, 1, 3).flatten(1, 2) + b, (2, 3, 4, 5)),
+    "columns of transposed batches": (lambda x, w, b: x.transpose(1, 2) @ w + b, (3, 5, 7)),
+    "a batch of one": (lambda x, w, b: torch.bmm(x[None], w[None]) + b, (7, 5)),
+    "by einsum": (lambda x, w, b: torch.einsum("tbk,kn->btn", x, w) + b, (2, 7, 5)),
+    "repeated by hand": (lambda x, w, b: torch.bmm(x, w.expand(2, 5, 6)) + b, (2, 7, 5)),
 }
 
 
@@ -43,7 +51,6 @@ NOT_LINEAR = {
     "square, bias of rows": (lambda x, w, b: x @ w + b[:, None], 6, 6),
     "rows and columns changed": (lambda x, w, b: (x @ w).view(6, 7) + b, 7, 6),
     "transposed": (lambda x, w, b: (x @ w).t() + b, 7, 6),
-    "rows in another order": (lambda x, w, b: (x @ w).view(2, 7, 6).transpose(0, 1) + b[:6], 14, 6),
     "columns among the rows": (lambda x, w, b: (x @ w).view(2, 6, 6).permute(1, 0, 2).transpose(0, 2) + b[:6], 12, 6),
     "the product is read by others": (lambda x, w, b: (x @ w + b[:6]) * (x @ w), 7, 6),
     "a single number": (lambda x, w, b: (x[:1] @ w[:, :1]).view(()) + b[:1], 7, 6),
@@ -59,6 +66,38 @@ def test_not_a_linear_layer(name):
     wrapped = lambda *args: (f(*args),)
     agree(wrapped, *args)
     assert "aten.addmm" not in names(wrapped, *args)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (1, 5, 6)], ids=str)
+def test_batches_by_matrices(shape):
+    """A matrix for each is no linear layer, and neither is one repeated otherwise."""
+    torch.manual_seed(0)
+    args = torch.randn(3, 7, 5), torch.randn(shape), torch.randn(6)
+    f = lambda x, w, b: (torch.bmm(x, w.repeat(3 // w.shape[0], 1, 1)) + b, torch.bmm(w.mT.expand(3, 6, 5), x.mT), x.expand(2, 3, 7, 5) @ w)
+    agree(f, *args)
+    agree(nf.grad(lambda *args: sum(y.sin().sum() for y in f(*args)), (0, 1, 2)), *args)
+
+
+ROWS = {
+    "there and back": lambda x, w: (x.transpose(0, 1).flatten(0, 1) @ w).unflatten(0, (7, 2)).transpose(0, 1),
+    "heads put together": lambda x, w: (x.unflatten(2, (5, 1)).permute(1, 0, 3, 2).reshape(14, 5) @ w).view(7, 2, 6).transpose(0, 1),
+    "back otherwise": lambda x, w: (x.transpose(0, 1).flatten(0, 1) @ w).unflatten(0, (2, 7)).transpose(0, 1),
+    "there alone": lambda x, w: (x.transpose(0, 1).flatten(0, 1) @ w).unflatten(0, (7, 2)),
+    "and read by others": lambda x, w: (y := (x.transpose(0, 1).flatten(0, 1) @ w).unflatten(0, (7, 2))).transpose(0, 1) * y.sum(),
+    "with the columns": lambda x, w: (x.transpose(0, 1).flatten(0, 1) @ w).unflatten(0, (7, 2)).permute(1, 2, 0),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_moved_rows(name, bias):
+    torch.manual_seed(0)
+    args = torch.randn(2, 7, 5), torch.randn(5, 6), torch.randn(6)
+    f = lambda x, w, b: (ROWS[name](x.sin(), w) + b if bias and name != "with the columns" else ROWS[name](x.sin(), w),)
+    agree(f, *args)
+    agree(nf.grad(lambda *args: f(*args)[0].sin().sum(), (0, 1)), *args)
+    rewrites = {rewrite.rule for stage in nf.explain(f, *args).passes for rewrite in stage.made}
+    assert ("products_of_moved_rows" in rewrites) == (name in ("there and back", "heads put together"))
 
 
 def test_a_bias_of_another_type_is_added_in_that_type():
@@ -81,39 +120,6 @@ def test_embedding_by_index(shape):
 def test_indices_out_of_range_are_refused(outside):
     with pytest.raises(IndexError):
         nf.jit(lambda weight, at: weight[at] * 2)(torch.randn(9, 5), torch.tensor([1, outside]))
-
-
-STACKS = {
-    "first": lambda *parts: torch.stack(parts).exp(),
-    "last": lambda *parts: torch.stack(parts, -1).exp(),
-    "reordered": lambda *parts: torch.stack(parts).permute(1, 3, 0, 2).reshape(3, -1).exp(),
-    "transposed, and read twice": lambda *parts: (x := torch.stack(parts, 1).permute(2, 0, 3, 1)).reshape(4, -1) * 2 + x.sum(),
-    "a part of it": lambda *parts: torch.stack(parts)[:2].permute(1, 0, 2, 3).reshape(3, -1),
-    "one": lambda part, *_: torch.stack([part]).permute(1, 0, 3, 2).reshape(-1),
-}
-
-
-@pytest.mark.parametrize("name", STACKS)
-def test_stacks(name):
-    torch.manual_seed(0)
-    args = [torch.randn(3, 4, 5) for _ in range(3)]
-    f = lambda *parts: (STACKS[name](*(part.sin() for part in parts)),)
-    agree(f, *args)
-    agree(nf.grad(lambda *parts: STACKS[name](*parts).square().sum(), (0, 1, 2)), *args)
-    if name == "reordered":
-        assert "aten.stack" not in names(f, *args) and "aten.clone" not in names(f, *args)
-
-
-def test_gradients_of_attention_stacked():
-    def attention(x, weight):
-        q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2).square().sum()
-
-    torch.manual_seed(0)
-    args = torch.randn(2, 9, 16) / 4, torch.randn(48, 16) / 4
-    f = nf.grad(attention, (0, 1))
-    agree(f, *args)
-    assert not {"aten.stack", "aten.clone", "aten.cat"} & set(names(f, *args))
 
 
 def test_tangents_of_linear_layers():

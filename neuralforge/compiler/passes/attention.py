@@ -27,9 +27,12 @@ def attention(program: Program) -> Iterator[Match]:
     for eq in program.graph.equations:
         if eq.op is aten._softmax.default and eq.args[1] in (-1, eq.outputs.fake.dim() - 1):
             for product, dims in _weighted(program, eq.outputs, natural(eq.outputs.shape)):
-                found = _match(program, eq, product, dims)
-                if found is not None:
-                    yield found
+                for operands_scaled in (True, False):  # the second if others read what the first leaves out
+                    found = _match(program, eq, product, dims, operands_scaled)
+                    if found is not None:
+                        yield found
+                    if found is None or not operands_scaled or not found.key[-1]:
+                        break
 
 
 @dataclass
@@ -60,20 +63,28 @@ def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> 
         return found if _whole(dims, v) or not found.masks else None
     if eq.op is aten._to_copy.default:
         return up(eq.args[0]) if v.dtype.is_floating_point and eq.args[0].dtype.is_floating_point else None
+    scaled = _scaled(program, eq)
+    if scaled is not None:
+        return up(*scaled)
     if eq.op in (aten.mul.Tensor, aten.div.Tensor):
-        for x, factor in (eq.args, eq.args[::-1]):
-            number = factor
-            if isinstance(factor, Value):
-                number = program.literal(factor) if factor.fake.numel() == 1 else None
-            if number is not None and (eq.op is aten.mul.Tensor or factor is eq.args[1]):
-                number = float(number)
-                return up(x, number if eq.op is aten.mul.Tensor else 1 / number if number else math.nan)
         return None
     for x, mask, fill in _masks(eq):
         found = up(x) if isinstance(x, Value) and x.shape == v.shape and _whole(dims, v) else None
         if found is not None:
             found.masks.append((mask, fill, scale))
             return found
+    return None
+
+
+def _scaled(program: Program, eq: Equation) -> tuple[Value, float] | None:
+    """What is multiplied by a number, and by which."""
+    for x, factor in (eq.args, eq.args[::-1]) if eq.op in (aten.mul.Tensor, aten.div.Tensor) else ():
+        number = factor
+        if isinstance(factor, Value):
+            number = program.literal(factor) if factor.fake.numel() == 1 else None
+        if number is not None and isinstance(x, Value) and (eq.op is aten.mul.Tensor or factor is eq.args[1]):
+            number = float(number)
+            return x, number if eq.op is aten.mul.Tensor else 1 / number if number else math.nan
     return None
 
 
@@ -115,11 +126,12 @@ def _batched(v: Value, dims: Dims) -> Dims:
     return dims if len(dims) == 3 else ((), *dims)
 
 
-def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims) -> Match | None:
+def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims, unscale: bool) -> Match | None:
+    """`unscale`: queries and keys are taken before they were multiplied by a number, which is part of the scale then."""
     p = softmax.outputs
     last = len(p.shape) - 1
     scores = _scores(program, softmax.args[0], natural(p.shape))
-    if scores is None or last < 1 or not scores.scale > 0 or not math.isfinite(scores.scale):
+    if scores is None or last < 1:
         return None
     # The weights [..., T, S] in terms of the products [N, M, S] and [N, M, K].
     left, right = scores.product.args[-2:]
@@ -139,6 +151,15 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
         axes = (*(d for d in places), natural(shape)[inner])
         return root, compose(axes, _batched(v, dims), shape)
 
+    def before(v: Value, dims: Dims | None) -> tuple[Value, Dims | None, float]:
+        """What an operand was before it was multiplied by a number, and by which."""
+        maker = program.producers.get(v)
+        scaled = _scaled(program, maker) if unscale and maker is not None and v not in program.results else None
+        if scaled is None or scaled[0].shape != v.shape or scaled[0].dtype != v.dtype:
+            return v, dims, 1.0
+        root, inner = program.root(scaled[0], maker)
+        return root, compose(dims, inner, v.shape), scaled[1]
+
     repeated = tuple(tuple(run if run.axis == 0 else Run(None, run.size, 0) for run in dim) for dim in where[: last - 1])
     back_repeated = tuple(tuple(run if run.axis == 0 else Run(None, run.size, 0) for run in dim) for dim in back[: last - 1])
     keys, values = (1, *right.shape)[-3:], (1, *weighted.args[1].shape)[-3:]
@@ -147,7 +168,12 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     v, v_dims = of(weighted.args[1], weighted, (*back_repeated, natural(values)[1]), 2)
     if None in (q_dims, k_dims, v_dims) or size(k_dims[-1]) != size(v_dims[-1]):
         return None
-    heads = _heads(p.shape[: last - 1], k_dims, v_dims)
+    q, q_dims, q_scale = before(q, q_dims)
+    k, k_dims, k_scale = before(k, k_dims)
+    scale = scores.scale * q_scale * k_scale
+    if q_dims is None or k_dims is None or not scale > 0 or not math.isfinite(scale):
+        return None
+    heads = _heads(p.shape[: last - 1], q_dims, k_dims, v_dims)
     if heads is None:
         return None
     B, H, r = heads
@@ -179,15 +205,15 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     def replacement(env: dict[Value, torch.Tensor]) -> list[torch.Tensor]:
         query = arrange(env[q], q4)
         query, options = masks.apply(query, env)
-        results = kernel.flash_attention(query, arrange(env[k], k4), arrange(env[v], v4), scale=scores.scale, **options)
+        results = kernel.flash_attention(query, arrange(env[k], k4), arrange(env[v], v4), scale=scale, **options)
         return [arrange(results[0], y_dims)]
 
     equations = program.between([out], {q, k, v, *masks.read})
     reason = f"{B} x {H} heads{f' in groups of {r}' if r > 1 else ''}, {T} x {S} weights of width {K}, {masks.reason}"
-    return Match(equations, [out], replacement, reason, (B, H, r, scores.scale, masks.key))
+    return Match(equations, [out], replacement, reason, (B, H, r, scale, masks.key, (q_scale, k_scale) != (1.0, 1.0)))
 
 
-def _heads(batch: tuple[int, ...], k: Dims, v: Dims) -> tuple[int, int, int] | None:
+def _heads(batch: tuple[int, ...], q: Dims, k: Dims, v: Dims) -> tuple[int, int, int] | None:
     """Batch, heads of queries, and how many of them share a head of keys, which come last among the leading
     dimensions. Other repetitions are expanded."""
     count = math.prod(batch)
@@ -201,7 +227,10 @@ def _heads(batch: tuple[int, ...], k: Dims, v: Dims) -> tuple[int, int, int] | N
         return r
 
     r = math.gcd(group(k), group(v))
+    runs = [run.size for dim in q[:-2] for run in dim]
     B = batch[0] if len(batch) > 1 else count // r
+    if len(batch) == 1 and len(runs) > 1 and count // runs[0] % r == 0:
+        B = runs[0]  # one dimension made of two
     H = count // B
     if H % r:
         r = math.gcd(H, r)

@@ -15,7 +15,7 @@ from ..attention import claim_attention
 from .layout import follow
 from .patterns import Program
 from .simplify import dead_code
-from .views import Dims, arrange, inverse, natural
+from .views import Dims, arrange, inverse
 
 aten, own = torch.ops.aten, torch.ops.neuralforge
 _FORWARD = (aten._scaled_dot_product_flash_attention_for_cpu.default, own.flash_attention.default)

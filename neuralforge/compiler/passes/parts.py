@@ -4,7 +4,7 @@ can be written into their places."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +26,10 @@ class _Part(NamedTuple):
     start: int
     selected: bool
 
+    @property
+    def size(self) -> int:
+        return 1 if self.selected else self.gradient.shape[self.dim]
+
 
 def join_gradients(graph: Graph) -> Graph:
     """Sums of gradients that are zero but for their parts of a tensor, all of it: the parts side by side. (`x[0]`, `x[1]` and
@@ -34,13 +38,13 @@ def join_gradients(graph: Graph) -> Graph:
         return graph
     program, builder = Program(graph), Builder(graph)
     inside: set[Equation] = set()  # of a larger sum that is joined
-    joined: dict[Equation, tuple[list[_Part], list[Value]]] = {}
+    joined: dict[Equation, tuple[list[list[_Part]], list[Value]]] = {}
     for eq in reversed(graph.equations):
         if eq.op is aten.add.Tensor and not eq.kwargs and eq not in inside:
             terms, adds = _terms(program, eq)
-            whole, rest = _whole([_part(program.producers.get(v)) for v in terms], terms)
-            if whole:
-                joined[eq] = whole, rest
+            wholes, rest = _wholes({v: _part(program.producers.get(v)) for v in terms}, terms)
+            if wholes:
+                joined[eq] = wholes, rest
                 inside |= adds
     for eq in graph.equations:
         if eq in joined:
@@ -75,32 +79,36 @@ def _part(eq: Equation | None) -> _Part | None:
     return _Part(gradient, tuple(shape), dim, start, eq.op is aten.select_backward.default)
 
 
-def _whole(parts: list[_Part | None], terms: list[Value]) -> tuple[list[_Part], list[Value]]:
-    """Parts, in order, that are all of a tensor together, and the terms beside them; no parts if there are none such."""
-    for first in (part for part in parts if part is not None and part.start == 0):
-        alike = {p.start: p for p in parts if p is not None and (p.shape, p.dim) == (first.shape, first.dim)}
-        chosen, at, size = [], 0, first.shape[first.dim]
-        while at in alike and at < size:
+def _wholes(parts: dict[Value, _Part | None], terms: list[Value]) -> tuple[list[list[_Part]], list[Value]]:
+    """Parts, in order, that are all of a tensor together, and the terms beside them."""
+    wholes, rest = [], list(terms)
+    for first in [v for v in terms if parts[v] is not None and parts[v].start == 0]:
+        chosen, at, (_, shape, dim, _, _) = [], 0, parts[first]
+        alike = {parts[v].start: v for v in rest if parts[v] is not None and (parts[v].shape, parts[v].dim) == (shape, dim)}
+        while at in alike and at < shape[dim] and (size := parts[alike[at]].size):
             chosen.append(alike[at])
-            at += 1 if alike[at].selected else alike[at].gradient.shape[first.dim] or size
-        if at == size and len(chosen) > 1:
-            return chosen, [v for v, p in zip(terms, parts) if p not in chosen]
-    return [], terms
+            at += size
+        if at == shape[dim] and len(chosen) > 1:
+            wholes.append([parts[v] for v in chosen])
+            for v in chosen:
+                rest.remove(v)
+    return wholes, rest
 
 
-def _emit_sum(builder: Builder, eq: Equation, parts: list[_Part], rest: list[Value]) -> None:
+def _emit_sum(builder: Builder, eq: Equation, wholes: list[list[_Part]], rest: list[Value]) -> None:
     """The parts put together, and what else is added, with the results of `eq`."""
-    made, dim = {"source": eq.source, "origin": eq.origin or "join_gradients"}, parts[0].dim
-    if all(part.selected for part in parts):
-        op: Callable = aten.stack.default
-        given: list[Any] = [part.gradient for part in parts]
-    else:
-        op = aten.cat.default
-        given = [builder.emit(aten.unsqueeze.default, p.gradient, dim, **made) if p.selected else p.gradient for p in parts]
-    args: tuple = given, dim
-    for other in rest:
-        args = builder.emit(op, *args, **made), other
-        op = aten.add.Tensor
+    made = {"source": eq.source, "origin": eq.origin or "join_gradients"}
+    terms: list[tuple[Callable, tuple]] = []
+    for parts in wholes:
+        dim = parts[0].dim
+        if all(part.selected for part in parts):
+            terms.append((aten.stack.default, ([part.gradient for part in parts], dim)))
+        else:
+            given = [builder.emit(aten.unsqueeze.default, p.gradient, dim, **made) if p.selected else p.gradient for p in parts]
+            terms.append((aten.cat.default, (given, dim)))
+    op, args = terms[0]
+    for other in [*(builder.emit(op, *args, **made) for op, args in terms[1:]), *rest]:
+        op, args = aten.add.Tensor, (builder.emit(op, *args, **made), other)
     builder.equations.append(Equation(op, args, {}, eq.outputs, eq.source, made["origin"]))
 
 

@@ -1,0 +1,81 @@
+"""What is put together of parts is concatenated, in its place where that can be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import neuralforge as nf
+
+
+def names(f, *args):
+    return [row.name for row in nf.explain(f, *args).rows]
+
+
+def agree(f, *args):
+    """Against float64, for values and gradients."""
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    for found, truth in zip(nf.jit(f)(*args), f(*wide)):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+PARTS = {
+    "selected": lambda x: (x[0].sin() * x[1]).sum() + x[2].exp().sum(),
+    "selected from the end": lambda x: (x[-1].sin() * x[0]).sum() + x[-2].exp().sum(),
+    "selected last": lambda x: (x[..., 0].sin() * x[..., 1] * x[..., 2] * x[..., 3]).sum(),
+    "sliced": lambda x: (x[:, :2].sin() * x[:, 2:4]).sum() + x[:, 4:].exp().sum(),
+    "sliced and selected": lambda x: (x[0].sin() * x[1:]).sum(),
+    "and read as a whole": lambda x: (x[0].sin() * x[1] * x[2]).sum() + x.exp().sum(),
+    "of two dimensions": lambda x: (x[0].sin() * x[1] * x[2]).sum() + (x[:, :2] * x[:, 3:5]).sum() + x[:, 2].exp().sum(),
+}
+NO_PARTS = {
+    "not all": lambda x: (x[0].sin() * x[2]).sum(),
+    "one twice": lambda x: (x[0].sin() * x[1]).sum() + (x[1:] ** 2).sum(),
+    "with a gap": lambda x: (x[:, :2].sin() * x[:, 3:5]).sum(),
+    "every other": lambda x: (x[:, ::2].sin() * x[:, :3]).sum() + x[:, 1::2].exp().sum(),
+    "overlapping": lambda x: (x[:, :3].sin() * x[:, 2:]).sum(),
+    "of parts": lambda x: (x[0][:2].sin() * x[1][3:]).sum(),
+    "nothing": lambda x: x[:, :0].sum() + (x[:, :0] * 2).sum(),
+}
+
+
+@pytest.mark.parametrize("name", PARTS | NO_PARTS)
+def test_gradients_of_parts(name):
+    torch.manual_seed(0)
+    f = nf.value_and_grad((PARTS | NO_PARTS)[name])
+    x = torch.randn(3, 5, 4)
+    agree(f, x)
+    if name in PARTS:
+        assert not {"aten.select_backward", "aten.slice_backward"} & set(names(f, x))
+
+
+STACKS = {
+    "first": lambda *parts: torch.stack(parts).exp(),
+    "last": lambda *parts: torch.stack(parts, -1).exp(),
+    "reordered": lambda *parts: torch.stack(parts).permute(1, 3, 0, 2).reshape(3, -1).exp(),
+    "transposed, and read twice": lambda *parts: (x := torch.stack(parts, 1).permute(2, 0, 3, 1)).reshape(4, -1) * 2 + x.sum(),
+    "a part of it": lambda *parts: torch.stack(parts)[:2].permute(1, 0, 2, 3).reshape(3, -1),
+    "one": lambda part, *_: torch.stack([part]).permute(1, 0, 3, 2).reshape(-1),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks(name):
+    torch.manual_seed(0)
+    args = [torch.randn(3, 4, 5) for _ in range(3)]
+    f = lambda *parts: (STACKS[name](*(part.sin() for part in parts)),)
+    agree(f, *args)
+    agree(nf.grad(lambda *parts: STACKS[name](*parts).square().sum(), (0, 1, 2)), *args)
+    if name == "reordered":
+        assert "aten.stack" not in names(f, *args) and "aten.clone" not in names(f, *args)
+
+
+def test_gradients_of_attention_stacked():
+    def attention(x, weight):
+        q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2).square().sum()
+
+    torch.manual_seed(0)
+    args = torch.randn(2, 9, 16) / 4, torch.randn(48, 16) / 4
+    f = nf.grad(attention, (0, 1))
+    agree(f, *args)
+    assert not {"aten.stack", "aten.clone", "aten.cat"} & set(names(f, *args))
