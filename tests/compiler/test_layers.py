@@ -68,6 +68,32 @@ def test_not_a_linear_layer(name):
     assert "aten.addmm" not in names(wrapped, *args)
 
 
+LAYERS = {
+    "by hand": lambda x, w, b: x @ w + b,
+    "transposed batches": lambda x, w, b: x.transpose(0, 1) @ w + b,
+    "rows moved": lambda x, w, b: (x.transpose(0, 1).flatten(0, 1) @ w + b).unflatten(0, (7, 2)).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_several_layers_of_one_operand(name, given):
+    """A linear layer's derivative by its weight doesn't tell which layer of that operand it belongs to."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]
+    args = torch.randn(2, 7, 5), torch.randn(3, 5, 6), torch.randn(3, 6)
+
+    def f(x, w, b):
+        q, k, v = (layer(x if given else x.sin(), *wb) for wb in zip(w.unbind(), b.unbind()))
+        return (q.sin() * k.exp() * v.square()).sum()
+
+    for which in ((0, 1, 2), (1, 2), (2,), (0,)):
+        step = nf.grad(f, which)
+        agree(step, *args)
+        found = names(step, *args)
+        assert found.count("aten.addmm") == 3 and "aten.bmm" not in found, found
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 6), (1, 5, 6)], ids=str)
 def test_batches_by_matrices(shape):
     """A matrix for each is no linear layer, and neither is one repeated otherwise."""

@@ -273,7 +273,11 @@ class _Plan:
         for pullback in pullbacks:
             for i in [i for i in pullback.gradients if self.new.gradients[i] not in self.new.backward]:
                 del pullback.gradients[i]  # an operand that the replacement has no gradient of
-        _check(program, numbers, pullbacks)
+            for i, n in list(pullback.gradients.items()):
+                if any(eq in numbers.taken for eq in numbers.makers.get(n, ())):
+                    del pullback.gradients[i]
+                    pullback.spared.add(n)
+        pullbacks = _checked(program, numbers, pullbacks)
         inside = set().union(*(pullback.inside for pullback in pullbacks))
         self.taken = {eq for n in inside for eq in numbers.makers.get(n, ())}
         values = lambda i, n, by: {v: (by, i) for v in numbers.values[n]}
@@ -283,10 +287,12 @@ class _Plan:
             self.replaced.update(values(i, numbers.of[v], "forward"))
         self.forward_at = _room(program, numbers, list(self.replaced), self.inputs, inside)
         self.backward_at: list[tuple[int, list[Value]]] = []
-        for p, pullback in enumerate(pullbacks if pulled else ()):
+        for pullback in pullbacks if pulled else ():
             gradients: dict[Value, tuple[Any, int]] = {}
             for i, n in pullback.gradients.items():
-                gradients.update(values(i, n, p))
+                gradients.update(values(i, n, len(self.backward_at)))
+            if not gradients:
+                continue
             cotangents = [min(numbers.values[n], key=program.place) for n in pullback.cotangents]
             at = _room(program, numbers, list(gradients), cotangents, inside, self.forward_at)
             self.replaced.update(gradients)
@@ -316,6 +322,21 @@ def _backward_passes(match: Match, inputs: list[Value], numbers: Numbers) -> tup
             if pullbacks or not pulled:
                 return pulled, pullbacks
     raise AssertionError
+
+
+def _checked(program: Program, numbers: Numbers, pullbacks: list[_Pullback]) -> list[_Pullback]:
+    """Those that the match is replaced with. A linear function of the same operand has the same derivative by its other operands, so
+    that its pullback is found for this one too, but for some gradients: if those with fewer don't fit they belong elsewhere."""
+    try:
+        _check(program, numbers, pullbacks)
+    except _Unfit:
+        most = max(len(pullback.gradients) for pullback in pullbacks)
+        own = [pullback for pullback in pullbacks if len(pullback.gradients) == most]
+        if len(own) == len(pullbacks):
+            raise
+        pullbacks = own
+        _check(program, numbers, pullbacks)
+    return pullbacks
 
 
 def _check(program: Program, numbers: Numbers, pullbacks: list[_Pullback]) -> None:
