@@ -42,8 +42,9 @@ class Scores:
     product: Equation
     dims: Dims
     scale: float = 1.0
-    masks: list[tuple[Any, Any, float]] = field(default_factory=list)
-    """(condition, fill, factor) where scores are replaced by `fill`, or (addend, None, factor); both times the factor."""
+    masks: list[tuple[Any, Any, float, tuple[int, ...]]] = field(default_factory=list)
+    """(condition, fill, factor, shape) where scores of that shape are replaced by `fill`, or (addend, None, factor, shape); both
+    times the factor."""
 
 
 def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> Scores | None:
@@ -58,7 +59,7 @@ def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> 
     if eq.op in PRODUCTS:
         found = Scores(eq, dims, scale)
         if eq.op is aten.baddbmm.default:
-            found.masks.append((eq.args[0], None, scale * eq.kwargs.get("beta", 1)))
+            found.masks.append((eq.args[0], None, scale * eq.kwargs.get("beta", 1), tuple(v.shape)))
             found.scale *= eq.kwargs.get("alpha", 1)
         return found if _whole(dims, v) or not found.masks else None
     if eq.op is aten._to_copy.default:
@@ -71,7 +72,7 @@ def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> 
     for x, mask, fill in _masks(eq):
         found = up(x) if isinstance(x, Value) and x.shape == v.shape and _whole(dims, v) else None
         if found is not None:
-            found.masks.append((mask, fill, scale))
+            found.masks.append((mask, fill, scale, tuple(v.shape)))
             return found
     return None
 
@@ -248,7 +249,7 @@ class _Masks:
 
     def __init__(self, masks: list, shape: tuple[int, ...], B: int, H: int):
         self.masks, self.shape, self.B, self.H = masks, shape, B, H
-        self.read = {value for (value, _), _, _ in masks}
+        self.read = {value for (value, _), *_ in masks}
         self.fixed: dict[str, Any] | None = None if masks else {}
         self.reason = "no mask" if not masks else "a mask"
 
@@ -256,7 +257,7 @@ class _Masks:
     def of(program: Program, masks: list, shape: tuple[int, ...], B: int, H: int) -> _Masks | None:
         """None where flash attention has nothing like them."""
         found = _Masks([], shape, B, H)
-        for mask, fill, scale in masks:
+        for mask, fill, scale, scores in masks:
             value, negated = mask if isinstance(mask, tuple) else (mask, False)
             if not isinstance(value, Value):
                 return None
@@ -267,11 +268,9 @@ class _Masks:
                 fill = float(number) * scale
             elif not value.dtype.is_floating_point and value.dtype != torch.bool:
                 return None
-            if len(shape) > 4 and math.prod(value.shape[:-2]) != 1:
-                return None
             while (eq := program.producer(value, aten.expand)) is not None:
                 value = eq.args[0]
-            found.masks.append(((value, negated), fill, scale))
+            found.masks.append(((value, negated), fill, scale, scores))
         found = _Masks(found.masks, shape, B, H)
         literal = [program.literal(v) for v in found.read]
         if masks and all(x is not None for x in literal):
@@ -280,7 +279,7 @@ class _Masks:
 
     @property
     def key(self) -> Any:
-        return repr((self.fixed, [(fill, scale, negated) for (_, negated), fill, scale in self.masks]))
+        return repr((self.fixed, [(fill, scale, negated, scores) for (_, negated), fill, scale, scores in self.masks]))
 
     def _recognise(self, env: dict[Value, torch.Tensor]) -> None:
         """Causal masks and windows that are known beforehand."""
@@ -304,13 +303,13 @@ class _Masks:
     def _bias(self, env: dict[Value, torch.Tensor]) -> torch.Tensor:
         """All masks as one that is added to the scores, broadcast to [B, H, T, S]."""
         total: Any = 0.0
-        for (value, negated), fill, scale in self.masks:
+        for (value, negated), fill, scale, scores in self.masks:
             m = env[value]
-            m = m.view((1,) * (len(self.shape) - m.dim()) + tuple(m.shape))
+            m = m.view((1,) * (len(scores) - m.dim()) + tuple(m.shape))
             if math.prod(m.shape[:-2]) == 1:
                 m = m.view(1, 1, *m.shape[-2:])
-            elif m.dim() == 3:
-                m = m.reshape(self.B, self.H, *m.shape[-2:])
+            elif scores[:-2] != (self.B, self.H):
+                m = m.expand(*scores[:-2], *m.shape[-2:]).reshape(self.B, self.H, *m.shape[-2:])
             if fill is None:
                 m = m.float() * scale if scale != 1 else m.float()
             else:
@@ -329,6 +328,6 @@ class _Masks:
         top = bias.amax(-1, keepdim=True)
         never, nothing = top == -math.inf, top <= HIDDEN
         q = q.masked_fill(never, math.nan)
-        if any(fill is not None and fill > -math.inf for _, fill, _ in self.masks):
+        if any(fill is not None and fill > -math.inf for _, fill, *_ in self.masks):
             q = q.masked_fill(nothing & ~never, 0.0)
         return q, {"mask": bias - top.masked_fill(never | ~nothing, 0.0)}  # beside large numbers scores would be lost
