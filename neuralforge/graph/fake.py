@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import CaptureError
 from .ir import map_tree
 from .operators import operator_traits
+from .source import user_line
 from .without_dynamo import postpone
 from .without_sympy import numbers_only
 
@@ -37,6 +39,24 @@ weights are float32; the CPU's are float32 then."""
 
 TENSORS = {torch.Tensor, torch.nn.Parameter, FakeTensor}
 """The classes that a shape, strides, a dtype and a device describe."""
+
+
+def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
+    """In place of `torch.utils.swap_tensors`, by which `nn.Module.to` and the like convert parameters that are fake tensors. What
+    follows a program knows tensors by their Python objects, so that they can't be swapped; nothing needs to be where
+    nothing was converted."""
+    if not isinstance(a, FakeTensor) or not isinstance(a.fake_mode, FakeMode):
+        return _swap_tensors(a, b)
+    same = storage_of(a) == storage_of(b) and (a.shape, a.stride(), a.storage_offset(), a.dtype) == (b.shape, b.stride(), b.storage_offset(), b.dtype)
+    if not same:
+        raise CaptureError(
+            f"{user_line()}: a module converts its parameter of shape {tuple(a.shape)} from {a.dtype} to {b.dtype} while it runs (by .to(), "
+            f".half() and so on), of which a graph would lose the derivative. Convert the module before, or the tensor by x.to()."
+        )
+
+
+_swap_tensors = torch.utils.swap_tensors
+torch.utils.swap_tensors = _swap
 
 
 class _Uncached(Exception):
@@ -100,6 +120,8 @@ class FakeMode(FakeTensorMode):
         sizes are numbers; otherwise PyTorch's way, which serves symbols too and takes twice as long."""
         if func is aten.native_layer_norm.default:
             return self._layer_norm(*args)
+        if func is aten._grouped_mm.default:
+            return self._grouped_mm(*args, **kwargs)
         if fake_impls._is_tensor_constructor(func):
             return fake_impls.constructors(self, func, *args, **kwargs)
         devices: set[torch.device] = set()
@@ -119,6 +141,17 @@ class FakeMode(FakeTensorMode):
         ones = [*x.shape[: x.dim() - len(normalized)], *([1] * len(normalized))]
         kinds = (list(x.shape), x.dtype), (ones, statistics), (ones, statistics)
         return tuple(self._make(None, shape, _row_major(shape), 0, dtype, x.fake_device) for shape, dtype in kinds)
+
+    def _grouped_mm(self, a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+        """PyTorch's fake one takes bfloat16 only; the CPU's multiplies float32 and float16 too."""
+        if a.dtype != b.dtype or a.shape[-1] != b.shape[-2] or (offs is None) != (a.dim() == b.dim() == 3):
+            raise RuntimeError(
+                f"grouped_mm: {a.dtype} {list(a.shape)} by {b.dtype} {list(b.shape)}, offs {None if offs is None else list(offs.shape)}; "
+                f"expected one dtype, as many columns as rows, and offs unless both are batches."
+            )
+        lead = [offs.shape[0]] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() else []
+        shape = [*lead, a.shape[-2], b.shape[-1]]
+        return self._make(None, shape, _row_major(shape), 0, out_dtype or a.dtype, a.fake_device)
 
     def _type(self, x: Any) -> tuple:
         """Of an argument, all that the results' shapes, strides and dtypes can depend on."""

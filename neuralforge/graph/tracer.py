@@ -51,6 +51,9 @@ class Tracer(TorchDispatchMode):
         self._written: dict[int, weakref.ref] = {}
         self.descents: list[Any] = []  # operators whose definitions are being followed just now
         self._paused: dict[int, torch.Tensor] | None = None
+        self._last: tuple[int, ...] = ()
+        """The last tensor made, and from which instruction. If that detaches it too, as torch.zeros and the like do within where
+        somebody holds what they made, the result is what they made, and no view: nobody else knows the other."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -84,11 +87,18 @@ class Tracer(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        traits = operator_traits(func)
+        traits, caller = operator_traits(func), sys._getframe(1)
+        here = id(caller), caller.f_lasti
         if traits.makes_complex or _any_complex(args):
             with _lazy_conjugates():
-                return self._dispatch(func, traits, args, kwargs or {})
-        return self._dispatch(func, traits, args, kwargs or {})
+                out = self._dispatch(func, traits, args, kwargs or {})
+        else:
+            out = self._dispatch(func, traits, args, kwargs or {})
+        if isinstance(out, torch.Tensor):
+            if func is aten.detach.default and (id(args[0]), *here) == self._last:
+                out.__dict__[self._made] = None
+            self._last = id(out), *here
+        return out
 
     def _dispatch(self, func: Callable, traits: Traits, args: tuple, kwargs: dict) -> Any:
         if traits.passive:
@@ -121,8 +131,7 @@ class Tracer(TorchDispatchMode):
             return x
         link = x.__dict__.get(self._made)
         if link is None:
-            meant = x.__dict__.get(self._now)
-            return x if meant is None else self.now(meant)
+            return self._latest(x)
         base = self.now(link.base)
         if base is link.base:
             return x
@@ -135,6 +144,15 @@ class Tracer(TorchDispatchMode):
                 seen = x.__dict__[self._now] = (base, link.replay(base))
             self._paused = paused
         return seen[1]
+
+    def _latest(self, x: torch.Tensor) -> torch.Tensor:
+        """What `x`, no view, means. A tensor written again and again means one that means another, and so on; the ways are cut short."""
+        last = x
+        while last.__dict__.get(self._made) is None and (meant := last.__dict__.get(self._now)) is not None:
+            last = meant
+        while x is not last:
+            x.__dict__[self._now], x = last, x.__dict__[self._now]
+        return last if last.__dict__.get(self._made) is None else self.now(last)
 
     def external_writes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Tensors from outside that the program wrote to, with what each now means."""
@@ -169,6 +187,8 @@ class Tracer(TorchDispatchMode):
         """An operator that changes a tensor's shape in place. Python code that holds the tensor can't be served, but
         PyTorch's own C++ functions (quantile, stft) do it to their temporaries, of which nobody else knows."""
         x, name = args[0], func._schema.name.split("::")[1]
+        if name == "as_strided_" and _same_places_in_memory(x, *args[1:], **kwargs):
+            return x
         from_python = x._use_count() < 4 or name in sys._getframe(2).f_back.f_code.co_names
         if name not in VIEWS_IN_PLACE or self._made not in x.__dict__ or from_python:
             raise CaptureError(
@@ -192,12 +212,21 @@ class Tracer(TorchDispatchMode):
             before = self.now(link.base)
             with self:
                 base = scatter(link, before, value)
+                if base is not value and base.__dict__.get(self._made) is not None:
+                    base.__dict__[self._made] = None  # it is read through what was written from now on
+            if link.func is aten.detach.default:  # as for x.data, derivatives of what is detached pass by the write
+                with self:
+                    base = aten.detach.default(base)
+                base.__dict__[self._made] = None
+                self._assign(link.base, self._same_places(link.base, base))
+                x.__dict__[self._now] = self.now(link.base), value
+                return
             self._assign(link.base, base)
             if link.unsafe and (before is link.base or before is link.base.__dict__.get(self._by_parts)):
                 base = link.base.__dict__[self._by_parts] = self.now(link.base)
                 x.__dict__[self._now] = base, value
         elif self._now in x.__dict__:  # not replaced: there may be views of it
-            self._assign(x.__dict__[self._now], value)
+            self._assign(self._latest(x), value)
         else:
             if self._made not in x.__dict__:
                 self.check_external_write(x)
@@ -219,6 +248,12 @@ class Tracer(TorchDispatchMode):
 
     def check_external_write(self, x: torch.Tensor) -> None:
         """Called at the first write to a tensor that wasn't made inside. Subclasses may refuse."""
+
+
+def _same_places_in_memory(x: torch.Tensor, size: list[int], stride: list[int], storage_offset: int | None = None) -> bool:
+    """Do these say of `x` what holds already? Strides of dimensions of one element say nothing."""
+    same = all(n == 1 or a == b for n, a, b in zip(size, stride, x.stride()))
+    return list(x.shape) == list(size) and same and storage_offset in (None, x.storage_offset())
 
 
 def _any_complex(args: Any) -> bool:

@@ -128,3 +128,113 @@ def test_recurrent_cells_read_their_gates_as_they_wrote_them():
     cell(x, h).square().sum().backward()
     for name, gradient in nf.jit(nf.grad(loss))(params).items():
         torch.testing.assert_close(gradient, cell.get_parameter(name).grad)
+
+
+FACTORIES = {
+    "zeros_like": torch.zeros_like,
+    "ones_like": torch.ones_like,
+    "empty_like": lambda x: torch.empty_like(x).fill_(2),
+    "zeros": lambda x: torch.zeros(x.shape, dtype=x.dtype),
+    "new_zeros": lambda x: x.new_zeros(x.shape),
+    "full": lambda x: torch.full(x.shape, 2.0, dtype=x.dtype),
+    "in a list": lambda x: [torch.ones_like(y) for y in (x, x)][1],
+    "mapped": lambda x: list(map(torch.ones_like, (x, x)))[0],
+}
+
+
+@pytest.mark.parametrize("make", FACTORIES.values(), ids=FACTORIES)
+def test_gradients_pass_what_is_written_into_new_tensors(make):
+    """torch.zeros and the like detach what they made, where a capture holds it: that is no detachment of what is written later."""
+
+    def f(x):
+        whole, h = make(x), 0
+        for i in range(4):
+            h = x[:, i] * h + x[:, i].sin()
+            whole[:, i] = h
+        return (whole * torch.arange(20.0, dtype=x.dtype).view(5, 4)).sum()
+
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    (truth,) = torch.autograd.grad(f(x), x)
+    for step in (nf.grad(f), nf.jit(nf.grad(f)), nf.jit(nf.grad(f), max_rewrites=0)):
+        torch.testing.assert_close(step(x.detach()), truth)
+    (found,) = nf.jit(lambda x: nf.hvp(f, (x,), (x,)))(x.detach())
+    torch.testing.assert_close(found, torch.func.jvp(torch.func.grad(f), (x,), (x,))[1])
+
+
+def written_through_detached(x):
+    a = torch.zeros_like(x)
+    a.detach().copy_(x)
+    return a.exp() * x
+
+
+def data_scaled(x):
+    a = x * 2
+    a.data.mul_(3)
+    return a * a
+
+
+def detached_and_read(x):
+    a = x * 2
+    b = a.detach()
+    b.mul_(x)
+    return (a * b).exp() + b
+
+
+@pytest.mark.parametrize("f", [
+    written_through_detached, data_scaled, detached_and_read, lambda x: torch.ones_like(x).mul_(x).detach() * x,
+])  # fmt: skip
+def test_what_is_detached_by_the_program_stays_detached(f):
+    f = lambda x, f=f: f(x).sum()
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    (truth,) = torch.autograd.grad(f(x), x)
+    for step in (nf.grad(f), nf.jit(nf.grad(f))):
+        torch.testing.assert_close(step(x.detach()), truth)
+
+
+@pytest.mark.parametrize("through", [lambda x: x, lambda x: x.view(2, -1, 3).flatten(0, 1), lambda x: x.t().t()])
+def test_many_writes(through):
+    """Hundreds of them, one after the other, are no matter for Python's stack."""
+
+    def f(x):
+        whole = torch.zeros(700, 3)
+        part = through(whole)
+        for i in range(700):
+            part[i] = x * i
+        return whole.sum(0), part[-1]
+
+    x = torch.randn(3)
+    for found, truth in zip(traced(f, x), f(x)):
+        torch.testing.assert_close(found, truth)
+    torch.testing.assert_close(nf.grad(lambda x: f(x)[0].sum())(x), torch.full((3,), 699 * 350.0))
+
+
+def test_pooling_of_channels_last():
+    """Pooling to one place sets strides in place, of dimensions of one element."""
+    f = torch.nn.functional.adaptive_avg_pool2d
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(capture(lambda x: f(x, 1) * 2, x).graph(x)[0], f(x, 1) * 2)
+
+
+class Converted(torch.nn.Module):
+    """Converts a layer whenever it runs, as some models do."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer, self.dtype = torch.nn.Linear(4, 2), dtype
+
+    def forward(self, x):
+        self.layer = self.layer.to(self.dtype)
+        return self.layer(x)
+
+
+def test_modules_converted_while_they_run():
+    x = torch.randn(3, 4)
+    module = Converted(torch.float32)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    loss = lambda params: torch.func.functional_call(module, params, (x,)).sum()
+    for step in (nf.grad(loss), nf.jit(nf.grad(loss))):
+        torch.testing.assert_close(step(params)["layer.weight"], x.sum(0).expand(2, 4))
+    module = Converted(torch.float64)
+    with pytest.raises(RuntimeError, match="Linear.weight") as raised:
+        nf.jit(nf.grad(loss))(params)
+    assert "test_tracer.py" in str(raised.value.__cause__) and "Convert the module before" in str(raised.value.__cause__)

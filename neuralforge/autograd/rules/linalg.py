@@ -19,6 +19,13 @@ def mm(y, a, b):
 definition("neuralforge::matmul")(matmul.reference)
 
 
+@rule("_grouped_mm")
+def grouped_mm(y, a, b, offs=None, bias=None, out_dtype=None):
+    """Experts' products: groups of rows times a matrix each. Its derivatives are products of groups too, of rows and of terms."""
+    times = lambda a, b: aten._grouped_mm(a, b, offs)
+    return linear(lambda g: times(g.contiguous(), b.mT)), linear(lambda g: times(a.mT, g.contiguous()))
+
+
 @rule("mv")
 def mv(y, a, b):
     return linear(lambda g: g.unsqueeze(-1) * conj(b)), linear(lambda g: adjoint(a).mv(g))

@@ -182,8 +182,8 @@ def _apply(graph: Graph, rule: Rule) -> Graph:
         source = program.producers[match.outputs[0]].source
         try:
             plan = _Plan(program, numbers, match)
-        except _Unfit as why:
-            refuse(rule.__name__, source, str(why))
+        except (_Unfit, RuntimeError) as why:  # RuntimeError: operands that its replacement doesn't take
+            refuse(rule.__name__, source, str(why).split("\n")[0])
             continue
         if plan.replaced.keys() & gone or not make(rule.__name__, source, match.reason):
             continue  # the same computation found twice
