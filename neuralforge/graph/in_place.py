@@ -134,6 +134,16 @@ def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     )
 
 
+def laid_out_like(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the strides of `x`, as a write leaves them, for views that follow; as it is where `x` has gaps."""
+    strides = [(n > 1) * s for n, s in zip(x.shape, x.stride())]
+    if strides == [(n > 1) * s for n, s in zip(value.shape, value.stride())] or x.layout != torch.strided:
+        return value
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    laid = value.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+    return laid if strides == [(n > 1) * s for n, s in zip(laid.shape, laid.stride())] else value
+
+
 _RESHAPES = {
     aten.view, aten._unsafe_view, aten._reshape_alias, aten.alias, aten.detach, aten.squeeze, aten.unsqueeze,
     aten.lift_fresh,

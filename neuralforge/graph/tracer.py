@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ..errors import CaptureError, DifferentiationError
 from . import gradient_mode
-from .in_place import RESHAPING, VIEWS_IN_PLACE, Link, functional, hand_over, scatter
+from .in_place import RESHAPING, VIEWS_IN_PLACE, Link, functional, hand_over, laid_out_like, scatter
 from .ir import map_tree
 from .operators import Traits, operator_traits
 from .source import user_line
@@ -52,7 +52,7 @@ class Tracer(TorchDispatchMode):
         self.descents: list[Any] = []  # operators whose definitions are being followed just now
         self._paused: dict[int, torch.Tensor] | None = None
         self._last: tuple[int, ...] = ()
-        """The last tensor made, and from which instruction. If that detaches it too, as torch.zeros and the like do within where
+        """The tensor that was made last, if it is new and no view, and by which instruction. If that detaches it too, as torch.zeros and the like do within where
         somebody holds what they made, the result is what they made, and no view: nobody else knows the other."""
 
     @classmethod
@@ -97,7 +97,8 @@ class Tracer(TorchDispatchMode):
         if isinstance(out, torch.Tensor):
             if func is aten.detach.default and (id(args[0]), *here) == self._last:
                 out.__dict__[self._made] = None
-            self._last = id(out), *here
+            new = func is not aten.detach.default and out.__dict__.get(self._made) is None
+            self._last = (id(out), *here) if new else ()
         return out
 
     def _dispatch(self, func: Callable, traits: Traits, args: tuple, kwargs: dict) -> Any:
@@ -216,10 +217,12 @@ class Tracer(TorchDispatchMode):
                     base.__dict__[self._made] = None  # it is read through what was written from now on
             if link.func is aten.detach.default:  # as for x.data, derivatives of what is detached pass by the write
                 with self:
-                    base = aten.detach.default(base)
+                    base, shown = aten.detach.default(base), aten.alias.default(value)
                 base.__dict__[self._made] = None
                 self._assign(link.base, self._same_places(link.base, base))
-                x.__dict__[self._now] = self.now(link.base), value
+                base = self.now(link.base)
+                shown.__dict__[self._made] = link._replace(base=base)
+                x.__dict__[self._now] = base, shown
                 return
             self._assign(link.base, base)
             if link.unsafe and (before is link.base or before is link.base.__dict__.get(self._by_parts)):
@@ -232,7 +235,11 @@ class Tracer(TorchDispatchMode):
                 self.check_external_write(x)
             if gradient_mode.state.off:
                 value = self._same_places(x, value)
-            x.__dict__[self._now] = value
+            with self:
+                laid = laid_out_like(x, value)
+            if laid is not value:
+                laid.__dict__[self._made] = None
+            x.__dict__[self._now] = laid
             self._written[id(x)] = weakref.ref(x)
 
     def _same_places(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
