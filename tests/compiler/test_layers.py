@@ -94,6 +94,25 @@ def test_several_layers_of_one_operand(name, given):
         assert found.count("aten.addmm") == 3 and "aten.bmm" not in found, found
 
 
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("rows", [(), (1,), (2,)], ids=str)
+def test_recurrent_layers_by_hand(rows, buffer):
+    """The input is a bias, of which the gradient may be that of the result as it is."""
+
+    def f(x, w):
+        h, states = torch.zeros(*rows, 5, dtype=x.dtype), []
+        kept = torch.zeros(4, *rows, 5, dtype=x.dtype)
+        for t in range(4):
+            h = torch.tanh(h @ w + x[t])
+            states.append(h)
+            kept[t] = h
+        return ((kept if buffer else torch.stack(states)).exp() * 2).sum()
+
+    torch.manual_seed(0)
+    for which in ((0, 1), (0,), (1,)):
+        agree(nf.grad(f, which), torch.randn(4, *rows, 5), torch.randn(5, 5))
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 6), (1, 5, 6)], ids=str)
 def test_batches_by_matrices(shape):
     """A matrix for each is no linear layer, and neither is one repeated otherwise."""

@@ -274,7 +274,7 @@ class _Plan:
             for i in [i for i in pullback.gradients if self.new.gradients[i] not in self.new.backward]:
                 del pullback.gradients[i]  # an operand that the replacement has no gradient of
             for i, n in list(pullback.gradients.items()):
-                if any(eq in numbers.taken for eq in numbers.makers.get(n, ())):
+                if n in pullback.cotangents or any(eq in numbers.taken for eq in numbers.makers.get(n, ())):
                     del pullback.gradients[i]
                     pullback.spared.add(n)
         pullbacks = _checked(program, numbers, pullbacks)
