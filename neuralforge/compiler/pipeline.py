@@ -23,7 +23,7 @@ from .passes.descend import descend
 from .passes.join_losses import join_losses
 from .passes.loss_head import chunk_loss_heads
 from .passes.narrow import narrow_losses
-from .passes.parts import concatenate_stacks, join_gradients
+from .passes.parts import concatenate_stacks, join_gradients, join_writes
 from .passes.rewrites import Rewrites
 
 PASSES: list[Callable[[Graph], Graph]] = [
@@ -41,6 +41,7 @@ PASSES: list[Callable[[Graph], Graph]] = [
     chunk_loss_heads,
     dead_code,
     join_gradients,
+    join_writes,
     concatenate_stacks,
     attention_reads_in_place,
     attention_writes_in_place,

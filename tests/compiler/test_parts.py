@@ -48,6 +48,82 @@ def test_gradients_of_parts(name):
         assert not {"aten.select_backward", "aten.slice_backward"} & set(names(f, x))
 
 
+def places(x, whole):
+    for i in range(3):
+        whole[i] = x[i].sin()
+    return whole
+
+
+def columns(x, whole):
+    for i in (3, 0, -2, 1):
+        whole[..., i] = x[..., i].sin() + i
+    return whole
+
+
+def ranges(x, whole):
+    whole[:, :2], whole[:, 3:] = x[:, :2].sin(), x[:, 3:].cos()
+    whole[:, 2] = x[:, 0]
+    return whole
+
+
+def some_of_it(x, whole):
+    whole[0], whole[2] = x[0].sin(), x[1].cos()
+    return whole
+
+
+def twice(x, whole):
+    for i in (0, 1, 0, 2, 1):
+        whole[i] = x[i].sin() * i + x[0]
+    return whole
+
+
+def read_back(x, whole):
+    for i in range(3):
+        whole[i] = x[i].sin() + whole[i - 1]
+    return whole
+
+
+WRITTEN = {f.__name__: f for f in (places, columns, ranges, some_of_it, twice, read_back)}
+
+
+def overlapping(x, whole):
+    whole[:, :3], whole[:, 2:] = x[:, :3].sin(), x[:, 2:].cos()
+    return whole
+
+
+def every_other(x, whole):
+    whole[:, ::2], whole[:, 1::2] = x[:, ::2].sin(), x[:, 1::2].cos()
+    return whole
+
+
+def along_both(x, whole):
+    whole[0], whole[:, 1] = x[0].sin(), x[:, 1].cos()
+    return whole
+
+
+def read_between(x, whole):
+    whole[0] = x[0].sin()
+    before = whole.exp()
+    whole[1] = x[1].cos()
+    return whole * before
+
+
+LEFT = {f.__name__: f for f in (overlapping, every_other, along_both, read_between)}
+
+
+@pytest.mark.parametrize("name", WRITTEN | LEFT)
+@pytest.mark.parametrize("start", [torch.zeros_like, lambda x: x * 2], ids=["new", "given"])
+def test_writes(name, start):
+    torch.manual_seed(0)
+    write = (WRITTEN | LEFT)[name]
+    f = lambda x: (write(x, start(x)).exp(),)
+    x = torch.randn(3, 5, 4)
+    agree(f, x)
+    agree(nf.value_and_grad(lambda x: (f(x)[0] * torch.arange(60.0, dtype=x.dtype).view(3, 5, 4)).sum()), x)
+    found = {name.removeprefix("aten.") for name in names(f, x)}
+    assert bool(found & {"select_scatter", "slice_scatter"}) == (name in LEFT), found
+
+
 STACKS = {
     "first": lambda *parts: torch.stack(parts).exp(),
     "last": lambda *parts: torch.stack(parts, -1).exp(),

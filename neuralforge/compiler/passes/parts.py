@@ -1,5 +1,5 @@
-"""What is put together of parts: sums of gradients of parts, and stacks, as concatenations, which nothing copies where the parts
-can be written into their places."""
+"""What is put together of parts: sums of gradients of parts, writes one after the other, and stacks, as concatenations, which nothing
+copies where the parts can be written into their places."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ aten = torch.ops.aten
 
 
 class _Part(NamedTuple):
-    """The gradient of a part, from place `start` of dimension `dim` on; without that dimension if it was one place selected."""
+    """A part of a tensor of that shape, or the gradient of one, from place `start` of dimension `dim` on; without that dimension if it
+    is one place selected."""
 
-    gradient: Value
+    value: Value
     shape: tuple[int, ...]
     dim: int
     start: int
@@ -28,7 +29,7 @@ class _Part(NamedTuple):
 
     @property
     def size(self) -> int:
-        return 1 if self.selected else self.gradient.shape[self.dim]
+        return 1 if self.selected else self.value.shape[self.dim]
 
 
 def join_gradients(graph: Graph) -> Graph:
@@ -102,13 +103,112 @@ def _emit_sum(builder: Builder, eq: Equation, wholes: list[list[_Part]], rest: l
     for parts in wholes:
         dim = parts[0].dim
         if all(part.selected for part in parts):
-            terms.append((aten.stack.default, ([part.gradient for part in parts], dim)))
+            terms.append((aten.stack.default, ([part.value for part in parts], dim)))
         else:
-            given = [builder.emit(aten.unsqueeze.default, p.gradient, dim, **made) if p.selected else p.gradient for p in parts]
+            given = [builder.emit(aten.unsqueeze.default, p.value, dim, **made) if p.selected else p.value for p in parts]
             terms.append((aten.cat.default, (given, dim)))
     op, args = terms[0]
     for other in [*(builder.emit(op, *args, **made) for op, args in terms[1:]), *rest]:
         op, args = aten.add.Tensor, (builder.emit(op, *args, **made), other)
+    builder.equations.append(Equation(op, args, {}, eq.outputs, eq.source, made["origin"]))
+
+
+def join_writes(graph: Graph) -> Graph:
+    """Places and ranges written one after the other, of a tensor that nobody reads in between, as one concatenation: each write by itself
+    copies all of the tensor."""
+    if not any(eq.op in _WRITES for eq in graph.equations):
+        return graph
+    graph = _written_directly(graph)
+    program, builder = Program(graph), Builder(graph)
+    inside: set[Equation] = set()
+    joined = {}
+    for eq in reversed(graph.equations):
+        if eq.op in _WRITES and eq not in inside and eq.outputs.fake.is_contiguous():
+            writes = _writes_up_to(program, eq)
+            pieces = _pieces([_write(write) for write in writes], eq.outputs.shape)
+            if len(writes) > 1 and pieces is not None:
+                joined[eq] = writes[-1].args[0], pieces
+                inside.update(writes)
+    for eq in graph.equations:
+        if eq in joined:
+            _emit_pieces(builder, eq, *joined[eq])
+        else:
+            builder.equations.append(eq)
+    return dead_code(graph.replace(equations=builder.equations)) if joined else graph
+
+
+def _written_directly(graph: Graph) -> Graph:
+    """`x[0] = y` copies y into the place that x[0] has, and then writes that: y is written, and x[0] not read for its shape."""
+    source = {eq.outputs: eq.args[1] for eq in graph.equations if eq.op is aten.copy.default and isinstance(eq.args[1], Value)}
+    equations = []
+    for eq in graph.equations:
+        y = source.get(eq.args[1]) if eq.op in _WRITES else None
+        if y is not None and (y.shape, y.dtype, y.pending) == (eq.args[1].shape, eq.args[1].dtype, eq.args[1].pending):
+            eq = eq.reading({eq.args[1]: y})
+        equations.append(eq)
+    return dead_code(graph.replace(equations=equations))
+
+
+_WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
+
+
+def _write(eq: Equation) -> _Part | None:
+    """What is written, as a part; None where it is every other place, say."""
+    base, value, *where = eq.args
+    dim, start, end, step = (*where, *(0, None, None, 1)[len(where) :]) if eq.op is _WRITES[1] else (*where, None, 1)
+    shape = tuple(base.shape)
+    start = slice(start, None).indices(shape[dim])[0] if eq.op is _WRITES[1] else start % shape[dim]
+    return _Part(value, shape, dim % len(shape), start, eq.op is _WRITES[0]) if step == 1 and not eq.kwargs else None
+
+
+def _writes_up_to(program: Program, eq: Equation) -> list[Equation]:
+    """The last of some writes to one tensor along one dimension, and those before it, last first."""
+    writes = [eq]
+    while True:
+        base, part = writes[-1].args[0], _write(eq)
+        maker = program.producers.get(base)
+        if part is None or maker is None or maker.op not in _WRITES or base in program.results or len(program.users[base]) > 1:
+            return writes
+        before = _write(maker)
+        if before is None or before.dim != part.dim:
+            return writes
+        writes.append(maker)
+
+
+def _pieces(writes: list[_Part | None], shape: tuple[int, ...]) -> list[_Part | tuple[int, int]] | None:
+    """What the result is made of, in order: parts written, and ranges of the tensor before. None if parts overlap in part."""
+    if None in writes:
+        return None
+    last: dict[int, _Part] = {}
+    for part in writes:
+        first = last.setdefault(part.start, part)
+        if first.size != part.size:
+            return None
+    pieces: list[_Part | tuple[int, int]] = []
+    at, (_, _, dim, _, _) = 0, writes[0]
+    for start in sorted(last):
+        if start < at:
+            return None
+        pieces += [(at, start)] if start > at else []
+        pieces += [last[start]] if last[start].size else []
+        at = start + last[start].size
+    return pieces + ([(at, shape[dim])] if at < shape[dim] else [])
+
+
+def _emit_pieces(builder: Builder, eq: Equation, base: Value, pieces: list[_Part | tuple[int, int]]) -> None:
+    made, dim = {"source": eq.source, "origin": eq.origin or "join_writes"}, _write(eq).dim
+    if all(isinstance(piece, _Part) and piece.selected for piece in pieces):
+        op, args = aten.stack.default, ([piece.value for piece in pieces], dim)
+    else:
+        parts = []
+        for piece in pieces:
+            if not isinstance(piece, _Part):
+                parts.append(builder.emit(aten.slice.Tensor, base, dim, *piece, **made))
+            elif piece.selected:
+                parts.append(builder.emit(aten.unsqueeze.default, piece.value, dim, **made))
+            else:
+                parts.append(piece.value)
+        op, args = aten.cat.default, (parts, dim)
     builder.equations.append(Equation(op, args, {}, eq.outputs, eq.source, made["origin"]))
 
 

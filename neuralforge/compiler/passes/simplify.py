@@ -43,9 +43,12 @@ def simplify(graph: Graph) -> Graph:
     """Drop operators that change nothing (aliases, views to the same shape, conversions to the same dtype) and
     collapse chains of views."""
     producers: dict[Value, Equation] = {}
+    written = _Written()
 
     def simpler(eq: Equation) -> Any:
-        found = _simpler(eq, producers)
+        if eq.op is aten.select_scatter.default:
+            written.note(eq)
+        found = written.selected(eq) if eq.op is aten.select.int else _simpler(eq, producers)
         if isinstance(found, Equation):
             producers.update((v, found) for v in found.results)
         return found
@@ -68,12 +71,16 @@ def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Value | Equation
         return replace(eq, op=aten.full.default, args=(list(y.shape), value), kwargs={"dtype": y.dtype, "device": y.device})
     if packet in _COPIES and _same(x, y):
         return x
+    if packet is aten.copy and isinstance(eq.args[1], Value) and _same(eq.args[1], y):
+        return eq.args[1]
     if packet in (aten._unsafe_view, aten.reshape):
         if packet is aten.reshape and not _viewable(x, y):
             return eq
         eq, packet = replace(eq, op=aten.view.default), aten.view
     if packet in _VIEWS and _same(x, y):
         return x
+    if packet is aten.slice_scatter and eq.args[1].shape == x.shape and _same(eq.args[1], y):
+        return eq.args[1]  # all of it written
     before = producers.get(x)
     if before is None:
         return eq
@@ -89,6 +96,45 @@ def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Value | Equation
             return source
         return replace(eq, op=aten.permute.default, args=(source, order))
     return eq
+
+
+class _Writes:
+    """Places of a tensor that are written one after the other, along one dimension."""
+
+    def __init__(self, base: Value, dim: int):
+        self.base, self.dim, self.count = base, dim, 0
+        self.at: dict[int, list[tuple[int, Value]]] = {}
+        """Of each place what was written there, and by which write."""
+
+
+class _Written:
+    """What is selected of a tensor with another place written is that of the tensor before; of the same place, what was written."""
+
+    def __init__(self) -> None:
+        self._of: dict[Value, tuple[_Writes, int]] = {}  # after so many of the writes
+
+    def note(self, eq: Equation) -> None:
+        """`eq` writes a place."""
+        x, value, dim, index = eq.args
+        dim, index = dim % x.fake.dim(), index % x.shape[dim]
+        writes, count = self._of.get(x, (None, 0))
+        if writes is None or (writes.dim, writes.count, writes.base.strides) != (dim, count, eq.outputs.strides):
+            writes, count = _Writes(x, dim), 0
+        if x.strides == eq.outputs.strides:
+            writes.at.setdefault(index, []).append((count, value))
+            writes.count = count + 1
+            self._of[eq.outputs] = writes, writes.count
+
+    def selected(self, eq: Equation) -> Value | Equation:
+        """What equals the result of `eq`, which selects a place."""
+        x, dim, index = eq.args
+        writes, count = self._of.get(x, (None, 0))
+        if writes is None or writes.dim != dim % x.fake.dim():
+            return eq
+        value = next((v for n, v in reversed(writes.at.get(index % x.shape[dim], ())) if n < count), None)
+        if value is None:
+            return self.selected(replace(eq, args=(writes.base, dim, index)))
+        return value if _same(value, eq.outputs) else eq
 
 
 _CONSTANTS = {aten.fill: None, aten.full_like: None, aten.zeros_like: 0, aten.ones_like: 1}
