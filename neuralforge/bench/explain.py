@@ -76,7 +76,7 @@ class Explanation:
             args, kwargs, _ = f.padded(args, kwargs)
             f = f.jitted
         jitted = f if isinstance(f, Jit) else Jit(f, ())
-        captured = capture(lambda a, k: jitted.f(*a, **k), args, kwargs)
+        captured = capture(lambda a, k: jitted.f(*a, **k), args, kwargs, writes=True)
         self.name = getattr(f, "__name__", type(f).__name__)
         self.passes = [Stage("captured", captured.graph, [], [])]
         rewrites = Rewrites(jitted.max_rewrites)

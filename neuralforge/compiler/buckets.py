@@ -128,6 +128,12 @@ class Bucketed:
     ) -> tuple[Any, list[tuple[int, int, int]]]:
         """The results of the padded call, and how to cut them; raises CaptureError where they aren't those of the plain one.
         On copies: nothing is donated or written before it is clear that the call is right."""
+        program, _ = self.jitted.lookup(padded_args, padded_kwargs)
+        if program.closed:
+            raise CaptureError(
+                f"{user_line()}: the function that buckets pads for writes in place to a tensor of shape {tuple(program.closed[0].shape)} "
+                f"that it closes over. Pass it as an argument, and return the new value."
+            )
         with torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
             expected = self._plain(args, kwargs, torch.clone)

@@ -42,7 +42,7 @@ class Compiled:
         graph = _optimised(captured.graph, rewrites)
         self.out_tree: TreeSpec = captured.out_tree
         self._rebuild = _rebuilding(captured.out_tree)
-        self.writes = captured.writes
+        self.writes, self.closed = captured.writes, captured.closed
         # What the function itself writes to can't be given away.
         self.donated = [i for i in donated if i not in captured.writes]
         products = choose_products(graph.equations)
@@ -68,8 +68,9 @@ class Compiled:
         given = tensors
         if any(map(torch.Tensor.is_neg, tensors)):  # kernels read memory, where such a view isn't negated yet
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_neg() else t for t in tensors]
-        if self.writes:
-            _check_apart(tensors, self.writes)
+        if self.writes or self.closed:
+            written = [*self.writes, *range(len(tensors), len(tensors) + len(self.closed))]
+            _check_apart([*tensors, *self.closed], written)
         if self.donated:
             at = [t.data_ptr() for t in given]
             if at != self._apart:  # shapes and strides are the same in every call
@@ -80,10 +81,11 @@ class Compiled:
                 else:
                     self._apart = at
         flat = self.program(*given)
-        count = len(flat) - len(self.writes)
-        for i, new in zip(self.writes, flat[count:]):
+        written = [*(tensors[i] for i in self.writes), *self.closed]
+        count = len(flat) - len(written)
+        for tensor, new in zip(written, flat[count:]):
             with torch.no_grad():
-                tensors[i].copy_(new)
+                tensor.copy_(new)
         return self._rebuild(iter(flat[:count]))
 
 
@@ -123,14 +125,14 @@ def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
 
 
 def _check_apart(tensors: list[torch.Tensor], written: list[int]) -> None:
-    """Raises CaptureError if a written argument shares its memory with another, which would then see the write at once
-    in eager code, and not in a graph."""
+    """Raises CaptureError if an argument, or a tensor that the function closes over, is written to and shares its memory with an
+    argument, which would then see the write at once in eager code, and not in a graph."""
     ends = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors]
     for i in written:
         for j, (begin, end) in enumerate(ends):
             if i != j and begin < ends[i][1] and ends[i][0] < end:
                 raise CaptureError(
-                    f"{user_line()}: the function writes in place to an argument of shape {tuple(tensors[i].shape)} whose "
+                    f"{user_line()}: the function writes in place to a tensor of shape {tuple(tensors[i].shape)} whose "
                     f"memory another one, of shape {tuple(tensors[j].shape)}, shares. Pass a clone of one of them, or "
                     f"return the new value instead of writing it."
                 )

@@ -107,7 +107,7 @@ class Jit:
         if form is None:
             build_ahead()
             with _modules_that_run() as modules:
-                captured = capture(lambda a, k: self.f(*a, **k), args, kwargs)
+                captured = capture(lambda a, k: self.f(*a, **k), args, kwargs, writes=True)
             form = self._remember(key, self.compile(args, kwargs, captured), modules)
         return form, tensors
 
@@ -232,8 +232,8 @@ def jit(
     NEURALFORGE_MAX_REWRITES sets it for all functions.
 
     Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
-    tensor data. In-place writes to arguments take effect after the call; in-place writes to tensors that `f` closes
-    over raise.
+    tensor data. In-place writes to arguments, and to tensors that `f` closes over (the running statistics of batch norms, say),
+    take effect after the call; the latter raise where torch.autograd follows the call.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     budget = _bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget

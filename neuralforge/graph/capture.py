@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ _BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_stri
 @dataclass(eq=False)
 class Captured:
     """A function as a graph. The graph's inputs are the tensors among the flattened arguments, in order; its outputs
-    are the flattened results, followed by the new values of the arguments the function wrote to (`writes`)."""
+    are the flattened results, followed by the new values of the arguments the function wrote to (`writes`), and of the tensors it
+    closes over and wrote to (`closed`)."""
 
     graph: Graph
     out_tree: TreeSpec
     writes: list[int]
     """Positions, among the graph's inputs, of the arguments written in place."""
+    closed: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -52,11 +54,12 @@ class Whole:
 
 class Capture(Tracer):
     """Records every operator as an equation. Tensors that come from outside become constants, by reference. With
-    `whole`, calls of functions with derivative rules of their own are one equation each."""
+    `whole`, calls of functions with derivative rules of their own are one equation each; with `writes`, such constants may be
+    written to."""
 
-    def __init__(self, whole: bool = False) -> None:
+    def __init__(self, whole: bool = False, writes: bool = False) -> None:
         super().__init__()
-        self.whole = whole
+        self.whole, self.writes = whole, writes
         self.graph = Graph()
         self.fake_mode = FakeMode()
         self._values: dict[int, Value] = {}  # id of a fake tensor -> its value, which keeps the tensor alive
@@ -138,7 +141,7 @@ class Capture(Tracer):
         return self._constants[id(x)]
 
     def check_external_write(self, x: torch.Tensor) -> None:
-        if id(x) not in self._values:
+        if id(x) not in self._values and not self.writes:
             raise CaptureError(
                 f"{user_line()}: in-place write to a captured constant, a tensor of shape {tuple(x.shape)} and dtype "
                 f"{x.dtype} that the function closes over. The write would be lost after the first call: pass the "
@@ -172,15 +175,15 @@ class Capture(Tracer):
         return self._new(x) if isinstance(x, torch.Tensor) else x
 
 
-def capture(f: Callable, *args: Any, whole: bool = False) -> Captured:
+def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) -> Captured:
     """Capture `f(*args)`; `args` are pytrees whose tensors may be real or fake (nothing of them is read but shape,
     dtype, strides and device). Other leaves are static: the graph holds for their values only.
 
-    `whole`: see `Capture`. Raises CaptureError where Python control flow depends on tensor data, or a captured constant
-    is written to.
+    `whole`, `writes`: see `Capture`. Raises CaptureError where Python control flow depends on tensor data, or a captured constant
+    is written to that mustn't be.
     """
     leaves, tree = tree_flatten(args)
-    mode = Capture(whole)
+    mode = Capture(whole, writes)
     source.capturing += 1
     try:
         with paused_collector():
@@ -205,11 +208,19 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
             ) from e
         out, out_tree = tree_flatten(result)
         out = [mode.now(leaf) for leaf in out]
-        written = {id(t): new for t, new in mode.external_writes()}
+        written = {id(t): (t, new) for t, new in mode.external_writes()}
     tensors = [t for t in fakes if isinstance(t, torch.Tensor)]
     writes = [i for i, t in enumerate(tensors) if id(t) in written]
-    mode.graph.outputs = [mode.value(leaf) for leaf in (*out, *(written[id(tensors[i])] for i in writes))]
-    return Captured(mode.graph, out_tree, writes)
+    given = [written.pop(id(tensors[i]))[1] for i in writes]
+    closed = [t for t, _ in written.values()]
+    mode.graph.outputs = [mode.value(leaf) for leaf in (*out, *given, *(new for _, new in written.values()))]
+    for t in closed:
+        if any(other is not t and storage_of(other) == storage_of(t) for other in (*mode.graph.constants.values(), *closed)):
+            raise CaptureError(
+                f"the function writes in place to a tensor of shape {tuple(t.shape)} that it closes over, and closes over another one of the "
+                f"same memory, which would not see the write. Use a clone of one of them, or pass it as an argument."
+            )
+    return Captured(mode.graph, out_tree, writes, closed)
 
 
 _ASKS_FOR_DATA = (

@@ -17,7 +17,7 @@ T = (8, 16)
 @pytest.fixture
 def captures(monkeypatch):
     made, capture = [], jit_module.capture
-    monkeypatch.setattr(jit_module, "capture", lambda *args: (made.append(1), capture(*args))[1])
+    monkeypatch.setattr(jit_module, "capture", lambda *args, **kw: (made.append(1), capture(*args, **kw))[1])
     return made
 
 

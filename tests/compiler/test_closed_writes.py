@@ -1,0 +1,77 @@
+"""Writes to tensors that a jitted function closes over: running statistics, counters. They take effect after each call."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import neuralforge as nf
+from neuralforge.errors import CaptureError
+
+
+def test_batch_norm_keeps_its_statistics():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).double()
+    theirs = copy.deepcopy(module)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    step = nf.jit(nf.value_and_grad(lambda p, x: functional_call(module, p, (x,)).square().mean()))
+    for calls in range(1, 4):
+        x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+        loss, gradients = step(params, x)
+        theirs.zero_grad()
+        expected = theirs(x).square().mean()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, p in theirs.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad)
+        for name, buffer in theirs.named_buffers():
+            torch.testing.assert_close(dict(module.named_buffers())[name], buffer)
+        assert module[1].num_batches_tracked == calls
+    nf.explain(step, params, x).measure(2)
+    assert module[1].num_batches_tracked == calls  # looking changes nothing
+    module.eval(), theirs.eval()
+    torch.testing.assert_close(step(params, x)[0], theirs(x).square().mean())
+    assert module[1].num_batches_tracked == calls
+
+
+def test_what_is_written_is_read_by_the_next_call():
+    total, rows = torch.zeros(3), torch.zeros(4, 3)
+
+    @nf.jit
+    def f(x, i):
+        total.add_(x)
+        rows[1:].mul_(2).add_(x)
+        return total * i, rows.sum()
+
+    for i in range(1, 4):
+        before = rows.clone()
+        out, summed = f(torch.full((3,), 2.0), torch.tensor(i))
+        torch.testing.assert_close(out, torch.full((3,), 2.0 * i * i))
+        torch.testing.assert_close(rows, torch.cat([before[:1], before[1:] * 2 + 2]))
+        torch.testing.assert_close(summed, rows.sum())
+    total.zero_()
+    torch.testing.assert_close(f(torch.ones(3), torch.tensor(1))[0], torch.ones(3))
+
+
+def test_memory_that_others_see_is_refused():
+    whole = torch.zeros(4)
+    part = whole[:2]
+    with pytest.raises(CaptureError, match="closes over another one of the same memory.*clone"):
+        nf.jit(lambda x: whole.add_(x).sum() + part.sum())(torch.ones(4))
+    f = nf.jit(lambda x: whole.add_(1).sum() + x.sum())
+    assert f(torch.ones(2)) == 6
+    with pytest.raises(CaptureError, match="writes in place to a tensor of shape .*4.* whose memory another one"):
+        f(part)
+    torch.testing.assert_close(whole, torch.ones(4))
+
+
+def test_torch_autograd_and_buckets_refuse_them():
+    count = torch.zeros(())
+    f = lambda x: (count.add_(1) * x).sum()
+    with pytest.raises(CaptureError, match="in-place write to a captured constant"):
+        nf.jit(f)(torch.ones(3, requires_grad=True))
+    with pytest.raises(CaptureError, match="pads for writes in place.*closes over"):
+        nf.jit(f, buckets={"x": {0: (4,)}})(torch.ones(3))
+    assert count == 0
