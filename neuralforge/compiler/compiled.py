@@ -69,8 +69,7 @@ class Compiled:
         if any(map(torch.Tensor.is_neg, tensors)):  # kernels read memory, where such a view isn't negated yet
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_neg() else t for t in tensors]
         if self.writes or self.closed:
-            written = [*self.writes, *range(len(tensors), len(tensors) + len(self.closed))]
-            _check_apart([*tensors, *self.closed], written)
+            _check_apart(tensors, self.writes, self.closed)
         if self.donated:
             at = [t.data_ptr() for t in given]
             if at != self._apart:  # shapes and strides are the same in every call
@@ -124,17 +123,18 @@ def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
     return any(count[seen[i]] > 1 and tensors[i].numel() for i in donated)
 
 
-def _check_apart(tensors: list[torch.Tensor], written: list[int]) -> None:
-    """Raises CaptureError if an argument, or a tensor that the function closes over, is written to and shares its memory with an
-    argument, which would then see the write at once in eager code, and not in a graph."""
-    ends = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors]
-    for i in written:
+def _check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[torch.Tensor]) -> None:
+    """Raises CaptureError if one of the arguments that are written, or of the tensors that the function closes over and writes to, shares
+    its memory with an argument, which would then see the write at once in eager code, and not in a graph."""
+    ends = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in (*tensors, *closed)]
+    for i in (*writes, *range(len(tensors), len(ends))):
         for j, (begin, end) in enumerate(ends):
             if i != j and begin < ends[i][1] and ends[i][0] < end:
+                what = "an argument" if i < len(tensors) else "a tensor that it closes over,"
                 raise CaptureError(
-                    f"{user_line()}: the function writes in place to a tensor of shape {tuple(tensors[i].shape)} whose "
-                    f"memory another one, of shape {tuple(tensors[j].shape)}, shares. Pass a clone of one of them, or "
-                    f"return the new value instead of writing it."
+                    f"{user_line()}: the function writes in place to {what} of shape {tuple((*tensors, *closed)[i].shape)} whose memory "
+                    f"another one, of shape {tuple((*tensors, *closed)[j].shape)}, shares. Pass a clone of one of them, or return the new "
+                    f"value instead of writing it."
                 )
 
 

@@ -233,7 +233,7 @@ def jit(
 
     Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
     tensor data. In-place writes to arguments, and to tensors that `f` closes over (the running statistics of batch norms, say),
-    take effect after the call; the latter raise where torch.autograd follows the call.
+    take effect after the call.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     budget = _bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget

@@ -3,7 +3,7 @@ backward program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from .compiled import Compiled
 class Differentiable:
     """Forward and backward programs of a function whose tensor arguments at `wanted` (among all tensor leaves) need
     gradients, as do the tensors it closes over that require grad: a module's parameters. Those, `hidden`, are the
-    last inputs. Forward returns, after the outputs, the values that backward reads."""
+    last inputs. Forward returns, after the outputs, the new values of tensors that the function closes over and writes to, and
+    the values that backward reads."""
 
     def __init__(
         self, f: Callable, args: tuple, kwargs: dict, wanted: list[int], memory_budget: int | None, max_rewrites: int | None
@@ -37,7 +38,7 @@ class Differentiable:
             a, k = tree_unflatten(full, tree)
             return f(*a, **k)
 
-        plain = capture(call, *tensors)
+        plain = capture(call, *tensors, writes=True)
         if plain.writes:
             raise CaptureError(
                 f"{user_line()}: a jitted function that writes in place to its arguments can't take part in torch.autograd. "
@@ -66,17 +67,22 @@ class Differentiable:
                 flat = [tape.now(y) for y in tree_flatten(call(*full))[0]]
             sources = [*(full[i] for i in wanted), *self.hidden]
             grads = tape.pull([flat[i] for i in self.smooth], gs, sources)
+            tape.write_back()
             for x in self.hidden:
                 tape.forget(x)
             return flat, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, sources)]
 
-        graph = capture(joint, tensors, cotangents).graph
+        captured = capture(joint, tensors, cotangents, writes=True)
+        graph, self.closed = captured.graph, captured.closed
         inputs, gs = graph.inputs[: len(tensors)], graph.inputs[len(tensors) :]
         known = {id(t): v for v, t in graph.constants.items()}
         inputs += [known[id(t)] for t in self.hidden]
         constants = {v: t for v, t in graph.constants.items() if v not in inputs}
-        graph = graph.replace(inputs=[*inputs, *gs], constants=constants)
-        forward, backward = split(graph, inputs, graph.outputs[: self.count])
+        outputs, new = graph.outputs, len(graph.outputs) - len(self.closed)
+        outputs = [*outputs[: self.count], *outputs[new:], *outputs[self.count : new]]
+        graph = graph.replace(inputs=[*inputs, *gs], constants=constants, outputs=outputs)
+        written = {known[id(t)] for t in self.closed if id(t) in known}
+        forward, backward = split(graph, inputs, outputs[: self.count + len(self.closed)], written)
         self.forward = _compiled(forward, memory_budget, max_rewrites)
         self.backward = _compiled(backward, memory_budget, max_rewrites)
         self._joint, self._limits, self._again = joint, (memory_budget, max_rewrites), {}
@@ -89,6 +95,11 @@ class Differentiable:
                 f"{user_line()}: a second derivative by torch.autograd of a jitted function that draws random numbers, which "
                 f"would draw others when it is computed again. Take it with nf.grad of nf.grad or nf.hvp inside nf.jit, or "
                 f"draw from nf.random with a key."
+            )
+        if self.closed:
+            raise DifferentiationError(
+                f"{user_line()}: a second derivative by torch.autograd of a jitted function that writes in place to a tensor of shape "
+                f"{tuple(self.closed[0].shape)} that it closes over, and would do so again. Take it with nf.grad of nf.grad or nf.hvp inside nf.jit."
             )
         arguments = [*tensors[: len(tensors) - len(self.hidden)], *gs]
         wanted = tuple(i for i, t in enumerate(arguments) if t.requires_grad)
@@ -119,7 +130,10 @@ class Function(torch.autograd.Function):
     def forward(ctx: Any, program: Differentiable, *tensors: torch.Tensor) -> tuple:
         flat = program.forward([t.detach() for t in tensors])
         ctx.program, ctx.total = program, len(tensors)
-        ctx.save_for_backward(*tensors, *flat[program.count :])
+        kept = program.count + len(program.closed)
+        ctx.save_for_backward(*tensors, *flat[kept:])
+        for x, new in zip(program.closed, flat[program.count : kept]):
+            x.copy_(new)
         outputs = tuple(flat[: program.count])
         ctx.mark_non_differentiable(
             *[y for i, y in enumerate(outputs) if isinstance(y, torch.Tensor) and i not in program.smooth]
@@ -140,9 +154,10 @@ class Function(torch.autograd.Function):
         return None, *result
 
 
-def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph, Graph]:
+def split(graph: Graph, primals: list[Value], outputs: list[Any], written: Collection[Value] = ()) -> tuple[Graph, Graph]:
     """A joint graph as forward, which returns after `outputs` the values that backward reads, and backward, which takes
-    those and then the other inputs. Backward is what depends on an input that isn't among `primals`."""
+    those and then the other inputs. Backward is what depends on an input that isn't among `primals`. Constants that are `written`
+    between the two are among what forward returns too."""
     late = set(graph.inputs) - set(primals)
     early_equations, late_equations = [], []
     for eq in graph.equations:
@@ -153,10 +168,11 @@ def split(graph: Graph, primals: list[Value], outputs: list[Any]) -> tuple[Graph
             early_equations.append(eq)
     needed = [v for eq in late_equations for v in eq.inputs]
     needed += [v for v in graph.outputs[len(outputs) :] if isinstance(v, Value)]
-    kept = [v for v in dict.fromkeys(needed) if v not in late and v not in graph.constants]
+    kept = [v for v in dict.fromkeys(needed) if v not in late and (v not in graph.constants or v in written)]
     forward = Graph(list(primals), graph.constants, early_equations, [*outputs, *kept])
     cotangents = [v for v in graph.inputs if v not in set(primals)]
-    backward = Graph([*kept, *cotangents], graph.constants, late_equations, graph.outputs[len(outputs) :])
+    constants = {v: t for v, t in graph.constants.items() if v not in written}
+    backward = Graph([*kept, *cotangents], constants, late_equations, graph.outputs[len(outputs) :])
     return forward, backward
 
 

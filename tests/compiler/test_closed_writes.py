@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 import neuralforge as nf
-from neuralforge.errors import CaptureError
+from neuralforge.errors import CaptureError, DifferentiationError
 
 
 def test_batch_norm_keeps_its_statistics():
@@ -62,16 +62,48 @@ def test_memory_that_others_see_is_refused():
         nf.jit(lambda x: whole.add_(x).sum() + part.sum())(torch.ones(4))
     f = nf.jit(lambda x: whole.add_(1).sum() + x.sum())
     assert f(torch.ones(2)) == 6
-    with pytest.raises(CaptureError, match="writes in place to a tensor of shape .*4.* whose memory another one"):
+    with pytest.raises(CaptureError, match="writes in place to a tensor that it closes over, of shape .*4.* whose memory another one"):
         f(part)
     torch.testing.assert_close(whole, torch.ones(4))
 
 
-def test_torch_autograd_and_buckets_refuse_them():
+def test_a_module_in_a_loop_of_torch():
+    """nf.jit(module) in place of the module, with its loss, backward() and optimizer."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)).double()
+    theirs = copy.deepcopy(module)
+    ours = nf.jit(module)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (module, theirs)]
+    for _ in range(3):
+        x = torch.randn(5, 4, dtype=torch.float64)
+        for f, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            f(x).square().mean().backward()
+            optimizer.step()
+        for a, b in zip(module.state_dict().values(), theirs.state_dict().values()):
+            torch.testing.assert_close(a, b)
+
+
+def test_backward_reads_what_was_there_before():
+    scale = torch.full((3,), 2.0)
+
+    def f(x):
+        y = scale * x
+        scale.add_(1)
+        return (y * y * scale).sum()
+
+    x = torch.randn(3, requires_grad=True)
+    for n in (2.0, 3.0):
+        (gradient,) = torch.autograd.grad(nf.jit(f)(x), x)
+        torch.testing.assert_close(gradient, 2 * n * n * (n + 1) * x.detach())
+    loss = nf.jit(f)(x)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=False)
+    with pytest.raises(DifferentiationError, match="second derivative.*writes in place"):
+        torch.autograd.grad(nf.jit(f)(x), x, create_graph=True)
+
+
+def test_buckets_refuse_them():
     count = torch.zeros(())
-    f = lambda x: (count.add_(1) * x).sum()
-    with pytest.raises(CaptureError, match="in-place write to a captured constant"):
-        nf.jit(f)(torch.ones(3, requires_grad=True))
     with pytest.raises(CaptureError, match="pads for writes in place.*closes over"):
-        nf.jit(f, buckets={"x": {0: (4,)}})(torch.ones(3))
+        nf.jit(lambda x: (count.add_(1) * x).sum(), buckets={"x": {0: (4,)}})(torch.ones(3))
     assert count == 0

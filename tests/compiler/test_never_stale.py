@@ -18,7 +18,7 @@ jit_module = sys.modules[nf.jit.__module__]
 def captures(monkeypatch):
     """One entry for each capture of a jitted function."""
     made, capture = [], jit_module.capture
-    monkeypatch.setattr(jit_module, "capture", lambda *args: (made.append(1), capture(*args))[1])
+    monkeypatch.setattr(jit_module, "capture", lambda *args, **kw: (made.append(1), capture(*args, **kw))[1])
     return made
 
 
