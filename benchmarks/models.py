@@ -28,20 +28,23 @@ class Task:
     flops: int
     """Of the matrix products of a whole step."""
     jax: Any
-    """What `jax_step.make_loss` takes."""
+    """What `jax_step.make_loss` takes; None where it has no such model."""
 
 
 def call(model: nn.Module, params: dict | None, *args: torch.Tensor) -> torch.Tensor:
     return model(*args) if params is None else functional_call(model, params, args)
 
 
-def language(describe: str, config: ModelConfig, batch: int, loss: Loss) -> Task:
+def language(
+    describe: str, config: ModelConfig, batch: int, loss: Loss, model: Callable[[ModelConfig], nn.Module] | None = None
+) -> Task:
     def data() -> tuple[torch.Tensor, ...]:
         shape, generator = (batch, config.context + 1), torch.Generator().manual_seed(1)
         return (torch.randint(0, config.vocab_size, shape, generator=generator),)
 
     flops = config.flops_per_token() * batch * config.context
-    return Task(describe, lambda: build(config, 0), data, loss, flops, config)
+    make = model or (lambda config: build(config, 0))
+    return Task(describe, lambda: make(config), data, loss, flops, None if model else config)
 
 
 def next_token(model: nn.Module, params: dict | None, tokens: torch.Tensor) -> torch.Tensor:
@@ -80,6 +83,31 @@ def by_hand(model: nn.Module, params: dict | None, tokens: torch.Tensor) -> torc
     logits = (norm(x, "norm") @ p["head.weight"].T).view(B * T, -1).float()
     picked = logits.gather(1, tokens[:, 1:].reshape(-1, 1)).squeeze(1)
     return (torch.logsumexp(logits, 1) - picked).mean()
+
+
+# ---- PyTorch's own layers
+
+
+class Layers(nn.Module):
+    """A GPT of `nn.TransformerEncoderLayer`s. `forward(tokens: int64 [B, T]) -> logits [B, T, vocabulary]`."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(c.d_model, c.n_heads, c.d_ff, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.tokens, self.positions = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.context, c.d_model)
+        self.layers = nn.TransformerEncoder(layer, c.n_layers, nn.LayerNorm(c.d_model), enable_nested_tensor=False)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.register_buffer("future", nn.Transformer.generate_square_subsequent_mask(c.context))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.layers(x, self.future, is_causal=True))
+
+
+def layers(config: ModelConfig) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Layers(config)
 
 
 # ---- mostly matrix products
@@ -140,4 +168,5 @@ TASKS = {
     "llama": language("Llama, 50 M: RMS norm, rotary, SwiGLU, grouped queries", LLAMA, 4, next_token),
     "mlp": mlp("residual MLP, 30 M", MLPConfig(), 1024),
     "wild": language("GPT, 17 M, in plain arithmetic", GPT, 8, by_hand),
+    "layers": language("GPT, 17 M, of nn.TransformerEncoderLayer", GPT, 8, next_token, layers),
 }

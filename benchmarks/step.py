@@ -1,12 +1,12 @@
 """One training step side by side: ours, PyTorch eager, torch.compile, and JAX where it is installed.
 
-    python benchmarks/step.py [--model gpt|llama|mlp|wild] [--precision fp32|bf16] [--rounds 10]
+    python benchmarks/step.py [--model gpt|llama|mlp|wild|layers] [--precision fp32|bf16] [--rounds 10]
                               [--only ours eager] [--no-fresh]
 
 The step is forward, backward, clipping to global norm 1 and AdamW, on the same weights and data (`models.py`). `wild`
 is the GPT as nobody tuned it: attention by matmul, mask and softmax, the loss by logsumexp and gather, and, for us
 alone, AdamW and clipping as a loop of tensor arithmetic over a dictionary, all in one `nf.jit`; PyTorch's candidates
-keep their fused AdamW, and JAX runs the tuned model. bf16 is torch.autocast's: master weights and optimizer in
+keep their fused AdamW, and JAX runs the tuned model. `layers` is the GPT of PyTorch's nn.TransformerEncoderLayer. bf16 is torch.autocast's: master weights and optimizer in
 float32, products and attention in bfloat16; JAX casts likewise.
 
 Times alternate in one process. The rest is taken in a fresh process each, with empty compiler caches: the first step,
@@ -206,7 +206,7 @@ def main() -> None:
 
     console = Console(width=130)
     task, peak = TASKS[args.model], measured_peak(args.precision)
-    names = [n for n in args.only if n != "jax" or importlib.util.find_spec("jax")]
+    names = [n for n in args.only if n != "jax" or task.jax is not None and importlib.util.find_spec("jax")]
     console.print(
         f"{args.model} ({task.describe}), {args.precision}: {task.flops / 1e9:.0f} GFLOP a step; {cpu_model()}, {isa()}, "
         f"{torch.get_num_threads()} threads, measured peak {peak.value / 1e9:.0f} GFLOP/s"
