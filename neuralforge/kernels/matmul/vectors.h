@@ -123,7 +123,7 @@ static void registers(const cell *a, const cell *b, long k, const float *from, l
     void *p = to;
     __asm__ volatile(
         ROWS(CLEAR)
-        "test %[count], %[count]\n\tjz 4f\n\tcmp $2, %[vectors]\n\tje 2f\n\tja 3f\n"
+        "test %[count], %[count]\n\tjz 4f\n\tcmpq $2, %[vectors]\n\tje 2f\n\tja 3f\n"
         "1:\n\t" LOAD("0", 0, B_LEFT) ROWS(ROW_OF_ONE) NEXT(1) "jnz 1b\n\tjmp 5f\n"
         "2:\n\t" LOAD("0", 0, B_LEFT) LOAD("0", 1, B_MIDDLE) ROWS(ROW_OF_TWO) NEXT(1) "jnz 2b\n\tjmp 5f\n"
         ".p2align 4\n3:\n\tdec %[wait]\n\tjnz 30f\n\t" FETCH_ROW "mov %[every], %[wait]\n30:\n\t" FETCH_PANEL

@@ -1,7 +1,5 @@
 /* Random words from counters: rows of 4 L words at a time, L counters in a vector. */
 
-#define ITSELF(j) (j)
-
 /* Words first .. first + 4 L of a row, those before `count` to `out`. */
 static void draw(int *out, long count, long first, unsigned row, unsigned lead, unsigned offset, long seed) {
     u x[4], at;
