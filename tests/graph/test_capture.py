@@ -206,3 +206,26 @@ def test_a_tensor_that_outlives_its_capture():
     capture(lambda x: kept.append(x * 2), torch.randn(3))
     with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: a tensor of shape \(3,\) that was made while another"):
         capture(lambda x: x + kept[0], torch.randn(3))
+
+
+def test_values_that_depend_on_literals_alone_are_known():
+    """As those of a mask made within, which nn.TransformerEncoder compares with a causal one."""
+
+    def f(x):
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+        causal = torch.full((4, 4), float("-inf")).triu_(1)
+        count = int(torch.tensor([1, 2, 3]).sum())
+        if torch.equal(mask, causal) and bool((mask == causal).all()):
+            return x * count
+        return x
+
+    x = torch.randn(3)
+    torch.testing.assert_close(capture(f, x).graph(x)[0], x * 6)
+    torch.testing.assert_close(nf.jit(nf.grad(lambda x: f(x).sum()))(x), torch.full((3,), 6.0))
+
+
+@pytest.mark.parametrize("ask", [lambda x, w: x.sum(), lambda x, w: torch.rand(3).sum(), lambda x, w: w.sum()])
+def test_other_values_are_asked_for_in_vain(ask):
+    w = torch.ones(2)
+    with pytest.raises(CaptureError, match="asks for the value of a tensor"):
+        capture(lambda x: x * int(ask(x, w)), torch.randn(3))
