@@ -6,18 +6,6 @@ import torch.nn.functional as F
 
 import neuralforge as nf
 
-
-def names(f, *args):
-    return [row.name for row in nf.explain(f, *args).rows]
-
-
-def agree(f, *args):
-    """Against float64, for values and gradients."""
-    wide = [x.double() if x.is_floating_point() else x for x in args]
-    for found, truth in zip(nf.jit(f)(*args), f(*wide)):
-        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
-
-
 LINEAR = {
     "matrix": (lambda x, w, b: x @ w + b, (7, 5)),
     "bias first": (lambda x, w, b: b + x @ w, (7, 5)),
@@ -35,7 +23,7 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_linear_by_hand(name):
+def test_linear_by_hand(name, agree, names):
     layer, shape = LINEAR[name]
     torch.manual_seed(0)
     args = torch.randn(shape), torch.randn(5, 6), torch.randn(6)
@@ -59,7 +47,7 @@ NOT_LINEAR = {
 
 
 @pytest.mark.parametrize("name", NOT_LINEAR)
-def test_not_a_linear_layer(name):
+def test_not_a_linear_layer(name, agree, names):
     f, rows, columns = NOT_LINEAR[name]
     torch.manual_seed(0)
     args = torch.randn(rows, 5), torch.randn(5, columns), torch.randn(columns if name == "twice" else rows)
@@ -77,7 +65,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_several_layers_of_one_operand(name, given):
+def test_several_layers_of_one_operand(name, given, agree, names):
     """A linear layer's derivative by its weight doesn't tell which layer of that operand it belongs to."""
     torch.manual_seed(0)
     layer = LAYERS[name]
@@ -96,7 +84,7 @@ def test_several_layers_of_one_operand(name, given):
 
 @pytest.mark.parametrize("buffer", [False, True])
 @pytest.mark.parametrize("rows", [(), (1,), (2,)], ids=str)
-def test_recurrent_layers_by_hand(rows, buffer):
+def test_recurrent_layers_by_hand(rows, buffer, agree):
     """The input is a bias, of which the gradient may be that of the result as it is."""
 
     def f(x, w):
@@ -114,7 +102,7 @@ def test_recurrent_layers_by_hand(rows, buffer):
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 6), (1, 5, 6)], ids=str)
-def test_batches_by_matrices(shape):
+def test_batches_by_matrices(shape, agree):
     """A matrix for each is no linear layer, and neither is one repeated otherwise."""
     torch.manual_seed(0)
     args = torch.randn(3, 7, 5), torch.randn(shape), torch.randn(6)
@@ -135,7 +123,7 @@ ROWS = {
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", ROWS)
-def test_moved_rows(name, bias):
+def test_moved_rows(name, bias, agree):
     torch.manual_seed(0)
     args = torch.randn(2, 7, 5), torch.randn(5, 6), torch.randn(6)
     f = lambda x, w, b: (ROWS[name](x.sin(), w) + b if bias and name != "with the columns" else ROWS[name](x.sin(), w),)
@@ -153,7 +141,7 @@ def test_a_bias_of_another_type_is_added_in_that_type():
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 6), (2, 0)], ids=str)
-def test_embedding_by_index(shape):
+def test_embedding_by_index(shape, agree, names):
     torch.manual_seed(0)
     weight, at = torch.randn(9, 5), torch.randint(-9, 9, shape)
     f = nf.value_and_grad(lambda weight, at: weight[at].sin().sum())
@@ -167,7 +155,7 @@ def test_indices_out_of_range_are_refused(outside):
         nf.jit(lambda weight, at: weight[at] * 2)(torch.randn(9, 5), torch.tensor([1, outside]))
 
 
-def test_tangents_of_linear_layers():
+def test_tangents_of_linear_layers(agree):
     """Their own linear layers have derivatives like those of the first ones, which are needed long before."""
     def loss(w, b, x):
         for _ in range(2):

@@ -6,18 +6,6 @@ import torch.nn.functional as F
 
 import neuralforge as nf
 
-
-def names(f, *args):
-    return [row.name for row in nf.explain(f, *args).rows]
-
-
-def agree(f, *args):
-    """Against float64, for values and gradients."""
-    wide = [x.double() if x.is_floating_point() else x for x in args]
-    for found, truth in zip(nf.jit(f)(*args), f(*wide)):
-        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
-
-
 PARTS = {
     "selected": lambda x: (x[0].sin() * x[1]).sum() + x[2].exp().sum(),
     "selected from the end": lambda x: (x[-1].sin() * x[0]).sum() + x[-2].exp().sum(),
@@ -39,7 +27,7 @@ NO_PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS | NO_PARTS)
-def test_gradients_of_parts(name):
+def test_gradients_of_parts(name, agree, names):
     torch.manual_seed(0)
     f = nf.value_and_grad((PARTS | NO_PARTS)[name])
     x = torch.randn(3, 5, 4)
@@ -113,7 +101,7 @@ LEFT = {f.__name__: f for f in (overlapping, every_other, along_both, read_betwe
 
 @pytest.mark.parametrize("name", WRITTEN | LEFT)
 @pytest.mark.parametrize("start", [torch.zeros_like, lambda x: x * 2], ids=["new", "given"])
-def test_writes(name, start):
+def test_writes(name, start, agree, names):
     torch.manual_seed(0)
     write = (WRITTEN | LEFT)[name]
     f = lambda x: (write(x, start(x)).exp(),)
@@ -135,7 +123,7 @@ STACKS = {
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_stacks(name):
+def test_stacks(name, agree, names):
     torch.manual_seed(0)
     args = [torch.randn(3, 4, 5) for _ in range(3)]
     f = lambda *parts: (STACKS[name](*(part.sin() for part in parts)),)
@@ -145,7 +133,7 @@ def test_stacks(name):
         assert "aten.stack" not in names(f, *args) and "aten.clone" not in names(f, *args)
 
 
-def test_gradients_of_attention_stacked():
+def test_gradients_of_attention_stacked(agree, names):
     def attention(x, weight):
         q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2).square().sum()

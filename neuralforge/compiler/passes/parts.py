@@ -37,7 +37,7 @@ def join_gradients(graph: Graph) -> Graph:
     `x[2]` have such gradients.)"""
     if not any(eq.op in (aten.select_backward.default, aten.slice_backward.default) for eq in graph.equations):
         return graph
-    program, builder = Program(graph), Builder(graph)
+    program = Program(graph)
     inside: set[Equation] = set()  # of a larger sum that is joined
     joined: dict[Equation, tuple[list[list[_Part]], list[Value]]] = {}
     for eq in reversed(graph.equations):
@@ -47,9 +47,15 @@ def join_gradients(graph: Graph) -> Graph:
             if wholes:
                 joined[eq] = wholes, rest
                 inside |= adds
+    return _replaced(graph, joined, _emit_sum)
+
+
+def _replaced(graph: Graph, joined: dict[Equation, tuple], emit: Callable) -> Graph:
+    """The graph with each equation in `joined` made anew by `emit(builder, equation, *joined[equation])`."""
+    builder = Builder(graph)
     for eq in graph.equations:
         if eq in joined:
-            _emit_sum(builder, eq, *joined[eq])
+            emit(builder, eq, *joined[eq])
         else:
             builder.equations.append(eq)
     return dead_code(graph.replace(equations=builder.equations)) if joined else graph
@@ -119,7 +125,7 @@ def join_writes(graph: Graph) -> Graph:
     if not any(eq.op in _WRITES for eq in graph.equations):
         return graph
     graph = _written_directly(graph)
-    program, builder = Program(graph), Builder(graph)
+    program = Program(graph)
     inside: set[Equation] = set()
     joined = {}
     for eq in reversed(graph.equations):
@@ -129,12 +135,7 @@ def join_writes(graph: Graph) -> Graph:
             if len(writes) > 1 and pieces is not None:
                 joined[eq] = writes[-1].args[0], pieces
                 inside.update(writes)
-    for eq in graph.equations:
-        if eq in joined:
-            _emit_pieces(builder, eq, *joined[eq])
-        else:
-            builder.equations.append(eq)
-    return dead_code(graph.replace(equations=builder.equations)) if joined else graph
+    return _replaced(graph, joined, _emit_pieces)
 
 
 def _written_directly(graph: Graph) -> Graph:
