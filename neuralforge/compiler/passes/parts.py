@@ -105,18 +105,20 @@ def _wholes(parts: dict[Value, _Part | None], terms: list[Value]) -> tuple[list[
 def _emit_sum(builder: Builder, eq: Equation, wholes: list[list[_Part]], rest: list[Value]) -> None:
     """The parts put together, and what else is added, with the results of `eq`."""
     made = {"source": eq.source, "origin": eq.origin or "join_gradients"}
-    terms: list[tuple[Callable, tuple]] = []
-    for parts in wholes:
-        dim = parts[0].dim
-        if all(part.selected for part in parts):
-            terms.append((aten.stack.default, ([part.value for part in parts], dim)))
-        else:
-            given = [builder.emit(aten.unsqueeze.default, p.value, dim, **made) if p.selected else p.value for p in parts]
-            terms.append((aten.cat.default, (given, dim)))
+    terms = [_side_by_side(builder, parts, made) for parts in wholes]
     op, args = terms[0]
     for other in [*(builder.emit(op, *args, **made) for op, args in terms[1:]), *rest]:
         op, args = aten.add.Tensor, (builder.emit(op, *args, **made), other)
     builder.equations.append(Equation(op, args, {}, eq.outputs, eq.source, made["origin"]))
+
+
+def _side_by_side(builder: Builder, parts: list[_Part], made: dict[str, str]) -> tuple[Callable, tuple]:
+    """What puts parts together that are all of a tensor: an operator and its arguments."""
+    dim = parts[0].dim
+    if all(part.selected for part in parts):
+        return aten.stack.default, ([part.value for part in parts], dim)
+    given = [builder.emit(aten.unsqueeze.default, p.value, dim, **made) if p.selected else p.value for p in parts]
+    return aten.cat.default, (given, dim)
 
 
 def join_writes(graph: Graph) -> Graph:
@@ -164,9 +166,9 @@ def _write(eq: Equation) -> _Part | None:
 
 def _writes_up_to(program: Program, eq: Equation) -> list[Equation]:
     """The last of some writes to one tensor along one dimension, and those before it, last first."""
-    writes = [eq]
+    writes, part = [eq], _write(eq)
     while True:
-        base, part = writes[-1].args[0], _write(eq)
+        base = writes[-1].args[0]
         maker = program.producers.get(base)
         if part is None or maker is None or maker.op not in _WRITES or base in program.results or len(program.users[base]) > 1:
             return writes
@@ -197,19 +199,13 @@ def _pieces(writes: list[_Part | None], shape: tuple[int, ...]) -> list[_Part | 
 
 
 def _emit_pieces(builder: Builder, eq: Equation, base: Value, pieces: list[_Part | tuple[int, int]]) -> None:
-    made, dim = {"source": eq.source, "origin": eq.origin or "join_writes"}, _write(eq).dim
-    if all(isinstance(piece, _Part) and piece.selected for piece in pieces):
-        op, args = aten.stack.default, ([piece.value for piece in pieces], dim)
-    else:
-        parts = []
-        for piece in pieces:
-            if not isinstance(piece, _Part):
-                parts.append(builder.emit(aten.slice.Tensor, base, dim, *piece, **made))
-            elif piece.selected:
-                parts.append(builder.emit(aten.unsqueeze.default, piece.value, dim, **made))
-            else:
-                parts.append(piece.value)
-        op, args = aten.cat.default, (parts, dim)
+    made, (_, shape, dim, _, _) = {"source": eq.source, "origin": eq.origin or "join_writes"}, _write(eq)
+    parts = []
+    for piece in pieces:
+        if not isinstance(piece, _Part):
+            piece = _Part(builder.emit(aten.slice.Tensor, base, dim, *piece, **made), shape, dim, piece[0], False)
+        parts.append(piece)
+    op, args = _side_by_side(builder, parts, made)
     builder.equations.append(Equation(op, args, {}, eq.outputs, eq.source, made["origin"]))
 
 
