@@ -21,7 +21,7 @@ from ..memory import paused_collector
 from . import gradient_mode, source
 from .fake import TENSORS, FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
-from .operators import is_random
+from .literals import Literals
 from .source import line_of, origin, user_line
 from .tracer import Tracer
 from .tree import TreeSpec, tree_flatten, tree_unflatten
@@ -30,8 +30,6 @@ aten = torch.ops.aten
 
 _ASK = {aten._local_scalar_dense.default, aten.equal.default}
 """Operators that give a number of Python's."""
-_LARGEST = 1 << 26
-"""Elements of a tensor that is computed while a program is captured."""
 _BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
 
 
@@ -101,25 +99,10 @@ class Capture(Tracer):
         return out
 
     def _literals(self, args: tuple) -> list[Any] | None:
-        """The arguments' tensors, computed, if they depend on nothing but literals: a mask made within the program, say."""
-        producers = self.graph.producers()
-        known: dict[Value, torch.Tensor] = {}
-        todo = list(leaves(args))
-        with _disable_current_modes(), torch.no_grad():
-            while todo:
-                v = todo[-1]
-                eq = producers.get(v)
-                if v in known:
-                    todo.pop()
-                elif eq is None or is_random(eq.op) or "empty" in eq.name or v.fake.numel() > _LARGEST or not isinstance(eq.outputs, Value):
-                    return None
-                elif eq.op is aten.lift_fresh.default and eq.args[0] in self.graph.constants:
-                    known[v] = self.graph.constants[eq.args[0]]
-                elif missing := [x for x in eq.inputs if x not in known]:
-                    todo += missing
-                else:
-                    known[v] = eq.op(*substitute(eq.args, known), **substitute(eq.kwargs, known))
-            return [known.get(x, x) if isinstance(x, Value) else x for x in args]
+        """The arguments' tensors, computed, if they depend on nothing but literals."""
+        literals = Literals(self.graph)
+        known = {v: literals(v) for v in leaves(args)}
+        return None if any(x is None for x in known.values()) else substitute(args, known)
 
     @contextmanager
     def constant(self) -> Iterator[None]:

@@ -110,7 +110,7 @@ class Graph:
         env.update(self.constants)
         for eq, dead in zip(self.equations, self.last_uses()):
             result = eq.op(*substitute(eq.args, env), **substitute(eq.kwargs, env))
-            _bind(eq.outputs, result, env)
+            bind(eq.outputs, result, env)
             for value in dead:
                 del env[value]
         return [env[v] if isinstance(v, Value) else v for v in self.outputs]
@@ -185,12 +185,13 @@ def substitute(tree: Any, env: dict[Value, Any]) -> Any:
     return map_tree(lambda leaf: env.get(leaf, leaf) if isinstance(leaf, Value) else leaf, tree)
 
 
-def _bind(outputs: Any, result: Any, env: dict[Value, Any]) -> None:
+def bind(outputs: Any, result: Any, env: dict[Value, Any]) -> None:
+    """Note in `env` what an equation's outputs are."""
     if isinstance(outputs, Value):
         env[outputs] = result
     elif isinstance(outputs, (tuple, list)):
         for out, res in zip(outputs, result):
-            _bind(out, res, env)
+            bind(out, res, env)
 
 
 def _literal(tree: Any) -> str:

@@ -24,6 +24,7 @@ from ...autograd import vjp
 from ...graph import capture
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.literals import Literals
 from ...graph.operators import draws, is_random
 from .layout import emit, follow
 from .rewrites import make, refuse
@@ -64,7 +65,7 @@ class Program:
         self.users = graph.users()
         self.position = {eq: i for i, eq in enumerate(graph.equations)}
         self.results = set(leaves(graph.outputs))
-        self._literals: dict[Value, torch.Tensor | None] = {}
+        self._literals = Literals(graph)
 
     def producer(self, v: Any, *ops: Any) -> Equation | None:
         """The equation that makes `v`, looking through copies and aliases, if its operator (or packet) is among `ops`."""
@@ -87,23 +88,7 @@ class Program:
         """What `v` is if it depends on nothing but literals: masks, positions. None if it isn't, or is huge."""
         if not isinstance(v, Value):
             return torch.tensor(v) if isinstance(v, (int, float, bool)) else None
-        if v not in self._literals:
-            self._literals[v] = None
-            eq = self.producers.get(v)
-            if eq is not None and not is_random(eq.op) and "empty" not in eq.name and v.fake.numel() <= 1 << 26:
-                self._literals[v] = self._evaluate(eq, v)
-        return self._literals[v]
-
-    def _evaluate(self, eq: Equation, v: Value) -> torch.Tensor | None:
-        env = {}
-        for x in eq.inputs:
-            given = eq.op is aten.lift_fresh.default and self.graph.constants.get(x)
-            env[x] = given if isinstance(given, torch.Tensor) else self.literal(x)
-            if env[x] is None:
-                return None
-        with torch.no_grad():
-            result = eq.op(*substitute(eq.args, env), **substitute(eq.kwargs, env))
-        return result if isinstance(result, torch.Tensor) else result[eq.results.index(v)]
+        return self._literals(v)
 
     def root(self, v: Value, reader: Equation) -> tuple[Value, Dims]:
         """What `v`, an operand of `reader`, is a view of, and which, unless others read what lies in between."""
