@@ -21,9 +21,8 @@ import torch
 
 from ..errors import KernelError
 from ..graph.ir import Graph, Value
+from ..graph.literals import is_literal
 from ..kernels.toolchain import cache_folder, checksum, compiler, cpu_features, isa, read_whole, replacing
-
-aten = torch.ops.aten
 
 LEAST = 300
 """Equations: programs of fewer are optimised in no time."""
@@ -77,7 +76,7 @@ def _key(graph: Graph) -> str:
         if not isinstance(eq.op, torch._ops.OpOverload) or not _plain((eq.args, eq.kwargs)):
             raise _Unsaved(repr(eq))
         digest.update(f"{eq!r} {[v.strides for v in eq.results]}\n".encode())
-        if eq.op is aten.lift_fresh.default and eq.args[0] in graph.constants:
+        if is_literal(eq, graph.constants):
             digest.update(pickle.dumps(graph.constants[eq.args[0]].tolist()))
     digest.update(str(graph.outputs).encode())
     return digest.hexdigest()[:20]

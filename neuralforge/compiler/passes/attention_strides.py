@@ -116,7 +116,7 @@ def _parts(program: Program, eq: Equation) -> list[tuple[Value, Dims, torch.Tens
     dim = (*eq.args, 0)[1] % whole.dim()
     for part in eq.args[0]:
         root, dims = program.root(part, eq)
-        if len(program.users.get(root, ())) > 1:
+        if len(program.users.get(root, ())) > 1 or part.fake.dim() != whole.dim():
             return []
         with whole.fake_mode:
             parts.append((root, dims, whole.narrow(dim, at, part.shape[dim])))

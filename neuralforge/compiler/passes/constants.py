@@ -16,11 +16,11 @@ LIMIT = 1 << 20
 def fold_constants(graph: Graph) -> Graph:
     """Run the equations that depend on nothing but literals (`torch.arange`, `torch.tensor(2.0)`, masks, rotary
     tables). Tensors that the function closes over are not folded: their owner may change them between calls."""
-    literals = Literals(graph)
+    literals = Literals(graph, LIMIT)
 
     def stays(eq: Equation) -> bool:
         # One number all over is cheaper to make again, within a fused group, than to read.
-        return eq.op is aten.full.default or sum(v.nbytes for v in eq.results) > LIMIT or any(literals(v) is None for v in eq.results)
+        return eq.op is aten.full.default or any(literals(v) is None for v in eq.results)
 
     kept = [eq for eq in graph.equations if stays(eq)]
     made = {v for eq in kept for v in eq.results}

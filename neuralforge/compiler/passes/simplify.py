@@ -48,12 +48,27 @@ def simplify(graph: Graph) -> Graph:
     def simpler(eq: Equation) -> Any:
         if eq.op is aten.select_scatter.default:
             written.note(eq)
-        found = written.selected(eq) if eq.op is aten.select.int else _simpler(eq, producers)
+        if eq.op is aten.select.int:
+            found = written.selected(eq)
+        else:
+            found = _without_empty_parts(eq) if eq.op is aten.cat.default else _simpler(eq, producers)
         if isinstance(found, Equation):
             producers.update((v, found) for v in found.results)
         return found
 
     return rewrite(graph, simpler)
+
+
+def _without_empty_parts(eq: Equation) -> Value | Equation:
+    """A concatenation of what isn't empty: a cache's first entry. PyTorch lets an empty part have one dimension whatever the others have."""
+    y, parts = eq.outputs, [v for v in eq.args[0] if v.fake.numel()]
+    if len(parts) == 1 and _same(parts[0], y):
+        return parts[0]
+    if not parts or len(parts) == len(eq.args[0]):
+        return eq
+    with y.fake.fake_mode:
+        alike = torch.cat([v.fake for v in parts], *eq.args[1:])
+    return replace(eq, args=(parts, *eq.args[1:])) if (alike.dtype, alike.stride()) == (y.dtype, y.strides) else eq
 
 
 def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Value | Equation:
