@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from ..errors import CaptureError, warn
 from ..graph.source import user_line
-from .jit import CACHE_SIZE, Jit, followed
+from .compiled import Compiled
+from .jit import Jit, followed
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Relative difference of an output, as a norm, that counts as rounding; 3e-2 for narrower types."""
@@ -50,9 +50,6 @@ class Bucketed:
             raise CaptureError(
                 f"nf.jit: pad names {sorted(unknown)}; expected some of {sorted(self.buckets)}, which buckets has."
             )
-        self._cuts: OrderedDict[Any, list[tuple[int, int, int]]] = (
-            OrderedDict()
-        )  # (output, dimension, length) of tried forms
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if followed():
@@ -62,15 +59,12 @@ class Bucketed:
             return self.jitted(*args, **kwargs)
         given = [n.given for n in lengths]
         pattern = tuple((given.index(n.given), n.given == n.bucket) for n in lengths)
-        key = (pattern, self.jitted.key(padded_args, padded_kwargs))
-        cuts = self._cuts.get(key)
+        form, _ = self.jitted.form(padded_args, padded_kwargs)
+        cuts = form.cuts.get(pattern)
         if cuts is None:
-            out, cuts = self._try(args, kwargs, padded_args, padded_kwargs, lengths)
-            self._cuts[key] = cuts
-            if len(self._cuts) > CACHE_SIZE:
-                self._cuts.popitem(last=False)
+            out, cuts = self._try(form.program, args, kwargs, padded_args, padded_kwargs, lengths)
+            form.cuts[pattern] = cuts
         else:
-            self._cuts.move_to_end(key)
             out = self.jitted(*padded_args, **padded_kwargs)
         return _cut(out, cuts, lengths)
 
@@ -124,11 +118,10 @@ class Bucketed:
         return F.pad(t, [m for extra in reversed(more) for m in (0, extra)], value=value) if any(more) else t
 
     def _try(
-        self, args: tuple, kwargs: dict, padded_args: tuple, padded_kwargs: dict, lengths: list[Length]
+        self, program: Compiled, args: tuple, kwargs: dict, padded_args: tuple, padded_kwargs: dict, lengths: list[Length]
     ) -> tuple[Any, list[tuple[int, int, int]]]:
         """The results of the padded call, and how to cut them; raises CaptureError where they aren't those of the plain one.
         On copies: nothing is donated or written before it is clear that the call is right."""
-        program, _ = self.jitted.lookup(padded_args, padded_kwargs)
         if program.closed:
             raise CaptureError(
                 f"{user_line()}: the function that buckets pads for writes in place to a tensor of shape {tuple(program.closed[0].shape)} "

@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import update_wrapper
 from typing import Any
 
@@ -37,6 +37,8 @@ class Form:
     training: list[bool]
     call: Call | None = None
     """What calls of it look like."""
+    cuts: dict[Any, list[tuple[int, int, int]]] = field(default_factory=dict)
+    """How to cut its results, for each pattern of padded lengths that it was tried with (`buckets.py`)."""
 
     def holds(self) -> bool:
         return [module.training for module in self.modules] == self.training
@@ -72,7 +74,7 @@ class Jit:
                 return last.program(tensors)
         if torch.is_grad_enabled() and any([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat[0]]):
             return self._with_autograd(args, kwargs)
-        form, tensors = self._lookup(args, kwargs, flat)
+        form, tensors = self.form(args, kwargs, flat)
         if torch.is_grad_enabled() and closes_over_grad(form.program):
             return self._with_autograd(args, kwargs)
         if not any([t.requires_grad for t in tensors]):
@@ -95,12 +97,14 @@ class Jit:
         return form.program(tensors)
 
     def lookup(self, args: tuple, kwargs: dict) -> tuple[Compiled, list[torch.Tensor]]:
-        """The compiled form for these arguments (compiling it if need be), and the tensors among them."""
-        form, tensors = self._lookup(args, kwargs, _flatten((args, kwargs)))
+        """The compiled form's program for these arguments, and the tensors among them."""
+        form, tensors = self.form(args, kwargs)
         return form.program, tensors
 
-    def _lookup(self, args: tuple, kwargs: dict, flat: tuple[list, Any]) -> tuple[Form, list[torch.Tensor]]:
-        leaves, tree = flat
+    def form(self, args: tuple, kwargs: dict, flat: tuple[list, Any] | None = None) -> tuple[Form, list[torch.Tensor]]:
+        """The compiled form for these arguments (compiling it if need be), and the tensors among them. `flat`: them flattened,
+        where that is known."""
+        leaves, tree = flat or _flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = self._key(leaves, tree)
         form = self._known(key)
@@ -110,10 +114,6 @@ class Jit:
                 captured = capture(lambda a, k: self.f(*a, **k), args, kwargs, writes=True)
             form = self._remember(key, self.compile(args, kwargs, captured), modules)
         return form, tensors
-
-    def key(self, args: tuple, kwargs: dict) -> tuple:
-        """What tells these arguments' compiled form from others'."""
-        return self._key(*_flatten((args, kwargs)))
 
     def _key(self, leaves: list, tree: Any) -> tuple:
         """What a compiled form holds for."""

@@ -24,6 +24,7 @@ from .passes.join_losses import join_losses
 from .passes.loss_head import chunk_loss_heads
 from .passes.narrow import narrow_losses
 from .passes.parts import concatenate_stacks, join_gradients, join_writes
+from .passes.results import own_results
 from .passes.rewrites import Rewrites
 
 PASSES: list[Callable[[Graph], Graph]] = [
@@ -58,10 +59,12 @@ def optimise(graph: Graph, rewrites: Rewrites | None = None) -> Graph:
 def stages(graph: Graph, rewrites: Rewrites | None = None) -> Iterator[tuple[str, Graph]]:
     """Each pass's name with the graph after it; the verifier runs in between."""
     rewrites = rewrites or Rewrites()
+    captured = graph
     for transform in PASSES:
         with rewrites.noting(), without_autocast():
             graph = verify(transform(graph))
         yield transform.__name__, graph
+    yield own_results.__name__, verify(own_results(graph, captured))
 
 
 @contextmanager

@@ -173,3 +173,21 @@ def test_errors_name_what_to_mend():
 def test_explain_shows_the_padded_program():
     told = nf.explain(nf.jit(lambda x: x.exp() * 2, buckets={"x": {0: T}}), torch.ones(5))
     assert tuple(told.graph.inputs[0].shape) == (8,)
+
+
+def test_a_module_is_tried_anew_in_training():
+    """What it computes in evaluation, row by row, may be padded; the mean of a batch may not."""
+
+    class Centred(torch.nn.Module):
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True) if self.training else x * 2
+
+    module, x = Centred().eval(), torch.randn(5, 3) + 3
+    jitted = nf.jit(lambda x: module(x), buckets={0: {0: (8, 16)}})
+    torch.testing.assert_close(jitted(x), x * 2)
+    module.train()
+    with pytest.raises(CaptureError, match="padding 0 from 5 to 8"):
+        jitted(x)
+    torch.testing.assert_close(jitted(x := torch.randn(8, 3)), x - x.mean(0))
+    module.eval()
+    torch.testing.assert_close(jitted(x[:3]), x[:3] * 2)

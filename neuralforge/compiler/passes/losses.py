@@ -81,7 +81,7 @@ def picked_log_softmax(program: Program) -> Iterator[Match]:
 def picked_logits(program: Program) -> Iterator[Match]:
     """logsumexp(x) less x at the target; the logsumexp may be read by others too (z-loss)."""
     for eq in program.graph.equations:
-        if eq.op is not aten.sub.Tensor or eq.kwargs or not isinstance(eq.args[1], Value):
+        if eq.op is not aten.sub.Tensor or eq.kwargs or not all(isinstance(x, Value) for x in eq.args):
             continue
         total = program.producer(program.trace(eq.args[0])[0], aten.logsumexp.default)
         found = program.producers.get(program.trace(eq.args[1])[0])

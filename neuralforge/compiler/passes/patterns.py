@@ -486,11 +486,12 @@ _templates: dict[Any, tuple] = {}
 def _template(f: Callable, match: Match, inputs: list[Value], pulled: tuple[int, ...], which: str = "new") -> _Template:
     """`f(env)`, which computes the match, with its pullback; layers of the same structure share the work."""
     key = which, pulled, _structure(match, inputs)
-    if key not in _templates:
+    found = _templates.get(key)
+    if found is None:
         if len(_templates) > 256:
             _templates.clear()
-        _templates[key] = _differentiated(f, match, inputs, pulled)
-    graph, wanted = _templates[key]
+        found = _templates[key] = _differentiated(f, match, inputs, pulled)
+    graph, wanted = found
     return _Template(graph, len(inputs), len(match.outputs), wanted, match.again)
 
 
