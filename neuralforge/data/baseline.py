@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neuralforge.data.tokens import TokenFile
+from .tokens import TokenFile
 
 CHUNK = 1 << 22  # tokens whose pairs are sorted at once: 32 MB
 
@@ -21,10 +21,10 @@ def unigram_loss(train: TokenFile, valid: TokenFile, vocab_size: int) -> float:
 def bigram_loss(train: TokenFile, valid: TokenFile, vocab_size: int) -> float:
     """Nats per token of `valid` given the token before, under an interpolated Kneser-Ney model of `train`.
 
-    p(b | a) = max(c(ab) - D, 0) / c(a) + D n(a) / c(a) q(b), where n(a) counts the distinct followers of a,
-    and q(b) is the share of distinct pairs that end in b, one added. The discount D is n1 / (n1 + 2 n2), from
-    how many pairs occur once and twice (Ney, Essen and Kneser 1994, https://doi.org/10.1006/csla.1994.1001).
-    Memory goes with the distinct pairs, not with the vocabulary squared.
+    p(b | a) = max(c(ab) - D, 0) / c(a) + D n(a) / c(a) q(b), where n(a) counts the distinct followers of a, and q(b) is the
+    share of distinct pairs that end in b, one added. The discount D is n1 / (n1 + 2 n2), from how many pairs occur once and
+    twice (Ney, Essen and Kneser 1994, https://doi.org/10.1006/csla.1994.1001). Memory goes with the distinct pairs, not
+    with the vocabulary squared.
     """
     pairs, counts = count_pairs(train.array, vocab_size)
     first, second = pairs // vocab_size, pairs % vocab_size
@@ -45,14 +45,14 @@ def bigram_loss(train: TokenFile, valid: TokenFile, vocab_size: int) -> float:
 
 
 def chunks(tokens: np.ndarray):
-    return (tokens[i:i + CHUNK] for i in range(0, len(tokens), CHUNK))
+    return (tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK))
 
 
 def count_pairs(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Distinct neighbours as a * vocab_size + b, sorted, and how often each occurs; both [pairs] int64."""
     pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for i in range(0, len(tokens) - 1, CHUNK):
-        chunk = tokens[i:i + CHUNK + 1].astype(np.int64)
+        chunk = tokens[i : i + CHUNK + 1].astype(np.int64)
         new, new_counts = np.unique(chunk[:-1] * vocab_size + chunk[1:], return_counts=True)
         both, where = np.unique(np.concatenate([pairs, new]), return_inverse=True)
         summed = np.bincount(where, np.concatenate([counts, new_counts]), len(both))

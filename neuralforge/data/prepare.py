@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import platform
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from neuralforge.data.corpus import Corpus, from_path, standard_library
-from neuralforge.data.files import disk_errors
-from neuralforge.data.readers import stable_key
-from neuralforge.data.split import Meter, Progress, Split
-from neuralforge.data.tokenizer import Tokenizer
-from neuralforge.data.tokens import FORMAT, HEADER, TokenFile, open_token_files, write_token_files
-from neuralforge.errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
+from ..files import clear_leftovers, disk_errors
+from .corpus import Corpus, from_path, standard_library
+from .readers import stable_key
+from .split import Meter, Progress, Split
+from .tokenizer import Tokenizer
+from .tokens import FORMAT, HEADER, TokenFile, open_token_files, write_token_files
 
 TOKENIZER_BYTES = 200_000_000  # of text are plenty to learn merges from
 
@@ -36,34 +35,34 @@ class Dataset:
     folder: Path
 
 
-def prepare(source: str | None, folder: Path, vocab_size: int, valid_fraction: float,
-            text_field: str = "text", progress: Progress | None = None) -> Dataset:
+def prepare(
+    source: str | None, folder: Path, vocab_size: int, valid_fraction: float, text_field: str = "text",
+    progress: Progress | None = None,
+) -> Dataset:  # fmt: skip
     """Tokenizer and token files of `source`, made below `folder` or found there.
 
-    Args:
-        source: a text, JSONL or parquet file, a folder of them, a folder of ready token files, or None for
-            the interpreter's own standard library.
-        folder: the cache; each combination of source files (name, size, time), vocabulary and versions has
-            its own folder in it. Processes that prepare the same at once wait for the first.
-        vocab_size: upper bound; the tokenizer's own `vocab_size` says what it came to.
-        valid_fraction: the share of the text held out, in (0, 0.5].
-        text_field: the JSONL field or parquet column with the text.
-        progress: called with (stage, bytes done, bytes in all); the stages are "reading", "learning",
-            "encoding", and "waiting" for another process.
+    `source` is a text, JSONL or parquet file, a folder of them, a folder of ready token files, or None for the
+    interpreter's own standard library; `text_field` the JSONL field or parquet column with the text. Each combination of
+    source files (name, size, time), vocabulary and versions has its own folder below `folder`; processes that prepare the
+    same at once wait for the first. `vocab_size` is an upper bound; the tokenizer's own says what it came to.
+    `valid_fraction` is the share of the text held out, in (0, 0.5]. `progress` is called with (stage, bytes done, bytes in
+    all); the stages are "reading", "learning", "encoding", and "waiting" for another process.
 
-    Raises:
-        DataError: the source is missing, empty, binary or unreadable, the disk is full, the cache corrupted.
-        ConfigError: vocab_size or valid_fraction is out of range.
+    Raises DataError where the source is missing, empty, binary or unreadable, the disk is full or the cache corrupted, and
+    ConfigError where vocab_size or valid_fraction is out of range.
     """
     if source is not None and (ready := Path(source).expanduser()).is_dir():
         if (ready / HEADER).exists():
             return open_dataset(ready)
         if (ready / "train.bin").exists():
-            raise DataError(f"{ready} holds token files (train.bin) without their header {HEADER}. Copy it "
-                            f"and tokenizer.json from where they were made, or give the text itself.")
+            raise DataError(
+                f"{ready} holds token files (train.bin) without their header {HEADER}. Copy it and tokenizer.json from "
+                "where they were made, or give the text itself."
+            )
     if not 0 < valid_fraction <= 0.5:
-        raise ConfigError(f"valid_fraction is {valid_fraction}: expected a share above 0 and at most 0.5, "
-                          f"such as 0.05.")
+        raise ConfigError(
+            f"valid_fraction is {valid_fraction}: expected a share above 0 and at most 0.5, such as 0.05."
+        )
     corpus = standard_library() if source is None else from_path(Path(source).expanduser(), text_field)
     key = fingerprint(corpus, vocab_size, valid_fraction)
     folder = folder.expanduser()
@@ -73,8 +72,7 @@ def prepare(source: str | None, folder: Path, vocab_size: int, valid_fraction: f
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / f".{home.name}.lock", progress):
                 if not home.exists():
-                    for left in folder.glob(f"{home.name}.*.partial"):  # of a process that was killed
-                        shutil.rmtree(left)
+                    clear_leftovers(folder, home.name)
                     build(corpus, home, key, vocab_size, valid_fraction, progress)
     return open_dataset(home)
 
@@ -88,13 +86,22 @@ def open_dataset(folder: Path) -> Dataset:
 def fingerprint(corpus: Corpus, vocab_size: int, valid_fraction: float) -> str:
     """Changes whenever the token files would: sha256 over files, settings and versions."""
     files = [(file.name, file.size, file.mtime_ns) for file in corpus.files]
-    parts = [str(corpus.root), files, corpus.text_field, vocab_size, valid_fraction, FORMAT,
-             version("tokenizers"), platform.python_version()]
+    parts = [
+        str(corpus.root),
+        files,
+        corpus.text_field,
+        vocab_size,
+        valid_fraction,
+        FORMAT,
+        version("tokenizers"),
+        platform.python_version(),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def build(corpus: Corpus, home: Path, key: str, vocab_size: int, valid_fraction: float,
-          progress: Progress | None) -> None:
+def build(
+    corpus: Corpus, home: Path, key: str, vocab_size: int, valid_fraction: float, progress: Progress | None
+) -> None:
     split = Split.of(corpus, valid_fraction, progress)
     sample = min(1.0, TOKENIZER_BYTES / split.text_bytes)
 
@@ -110,11 +117,18 @@ def build(corpus: Corpus, home: Path, key: str, vocab_size: int, valid_fraction:
 
     tokenizer = Tokenizer.train(training_text(), vocab_size)
     parts = (part for piece in corpus.pieces() for part in split.parts(piece))
-    write_token_files(home, parts, tokenizer, text_bytes=split.text_bytes, source=corpus.description,
-                      fingerprint=key, progress=progress)
+    write_token_files(
+        home,
+        parts,
+        tokenizer,
+        text_bytes=split.text_bytes,
+        source=corpus.description,
+        fingerprint=key,
+        progress=progress,
+    )
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(path: Path, progress: Progress | None) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however it ends."""
     with open(path, "w") as file:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuralforge.errors import DataError
+from ..errors import DataError
 
 PIECE_BYTES = 64 * 1024  # small enough that a batch of pieces keeps every core of the tokenizer busy
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -19,8 +19,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one document. `key` in [0, 1) is the document's own and decides its split; `start` and
-    `size` (bytes of UTF-8) say where the piece begins and how long the whole document is."""
+    """A stretch of one document. `key` in [0, 1) is the document's own and decides its split; `start` and `size` (bytes of
+    UTF-8) say where the piece begins and how long the whole document is."""
 
     key: float
     text: str
@@ -34,19 +34,21 @@ def stable_key(content: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "little") / 2**48
 
 
-@contextlib.contextmanager
+@contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turns the operating system's refusal to read `path` into a DataError."""
     try:
         yield
-    except PermissionError as error:
-        raise DataError(f"{path} can't be read: permission denied. Make it readable (chmod +r) "
-                        f"or leave it out of the data.") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist. Check the spelling of the path.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}. Check the disk, or leave the file "
-                        f"out of the data.") from error
+    except PermissionError as e:
+        raise DataError(
+            f"{path} can't be read: permission denied. Make it readable (chmod +r) or leave it out of the data."
+        ) from e
+    except FileNotFoundError as e:
+        raise DataError(f"{path} does not exist. Check the spelling of the path.") from e
+    except OSError as e:
+        raise DataError(
+            f"{path} can't be read: {e.strerror or e}. Check the disk, or leave the file out of the data."
+        ) from e
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -59,13 +61,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def decode(data: bytes, path: Path, offset: int) -> str:
     """`data`, which begins at byte `offset` of `path`, as text; DataError if it is binary or not UTF-8."""
     if (nul := data.find(b"\0")) >= 0:
-        raise DataError(f"{path} is a binary file: byte {offset + nul} is NUL. Expected UTF-8 text; "
-                        f"leave the file out, or convert it (UTF-16: iconv -f utf-16 -t utf-8).")
+        raise DataError(
+            f"{path} is a binary file: byte {offset + nul} is NUL. Expected UTF-8 text; leave the file out, or convert "
+            "it (UTF-16: iconv -f utf-16 -t utf-8)."
+        )
     try:
         return data.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: byte {offset + error.start} is 0x{data[error.start]:02x}. "
-                        f"Convert it (iconv -f latin1 -t utf-8), or leave it out of the data.") from error
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{path} is not UTF-8: byte {offset + e.start} is 0x{data[e.start]:02x}. Convert it (iconv -f latin1 -t "
+            "utf-8), or leave it out of the data."
+        ) from e
 
 
 def read_text(path: Path, name: str) -> Iterator[Piece]:
@@ -103,22 +109,26 @@ def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
                 continue
             try:
                 record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON at column {error.colno}: {error.msg}. JSONL "
-                                f"holds one JSON object a line.") from error
+            except json.JSONDecodeError as e:
+                raise DataError(
+                    f"{path}:{number}: not JSON at column {e.colno}: {e.msg}. JSONL holds one JSON object a line."
+                ) from e
             yield from whole(json_field(record, field, f"{path}:{number}"), f"{path}:{number}")
 
 
 def json_field(record: object, field: str, where: str) -> str | None:
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object with the field {field!r}, got "
-                        f"{type(record).__name__}. JSONL holds one JSON object a line.")
+        raise DataError(
+            f"{where}: expected a JSON object with the field {field!r}, got {type(record).__name__}. JSONL holds one "
+            "JSON object a line."
+        )
     if field not in record:
-        raise DataError(f"{where}: no field {field!r}; {nearest(field, record)} "
-                        f"Name the field that holds the text.")
+        raise DataError(f"{where}: no field {field!r}; {nearest(field, record)} Name the field that holds the text.")
     if not isinstance(record[field], str | None):
-        raise DataError(f"{where}: the field {field!r} holds {type(record[field]).__name__}, "
-                        f"expected a string. Name the field that holds the text.")
+        raise DataError(
+            f"{where}: the field {field!r} holds {type(record[field]).__name__}, expected a string. Name the field "
+            "that holds the text."
+        )
     return record[field]
 
 
@@ -136,16 +146,19 @@ def read_parquet(path: Path, column: str) -> Iterator[Piece]:
                 kind = file.schema_arrow.field(column).type
                 kind = kind.value_type if pa.types.is_dictionary(kind) else kind
                 if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-                    raise DataError(f"{path}: the column {column!r} holds {kind}, expected strings. "
-                                    f"Name the column that holds the text.")
+                    raise DataError(
+                        f"{path}: the column {column!r} holds {kind}, expected strings. Name the column that holds the "
+                        "text."
+                    )
                 row = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[column]):
                     for text in batch.column(0).to_pylist():
                         row += 1
                         yield from whole(text, f"{path} row {row}")
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not a sound parquet file: {str(error).rstrip('.')}. Write or download it "
-                            f"again.") from error
+        except (pa.ArrowException, UnicodeDecodeError) as e:
+            raise DataError(
+                f"{path} is not a sound parquet file: {str(e).rstrip('.')}. Write or download it again."
+            ) from e
 
 
 def whole(text: str | None, where: str) -> Iterator[Piece]:
@@ -154,8 +167,9 @@ def whole(text: str | None, where: str) -> Iterator[Piece]:
         return
     try:
         data = text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: character {error.start} is half of a surrogate pair "
-                        f"(\\u{ord(text[error.start]):04x}), which is no text. Remove it or "
-                        f"pair it.") from error
+    except UnicodeEncodeError as e:
+        raise DataError(
+            f"{where}: character {e.start} is half of a surrogate pair (\\u{ord(text[e.start]):04x}), which is no "
+            "text. Remove it or pair it."
+        ) from e
     yield Piece(stable_key(data), text, 0, len(data), True)

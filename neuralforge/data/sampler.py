@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neuralforge.data.tokens import TokenFile
-from neuralforge.errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
+from .tokens import TokenFile
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ def scramble(x: np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """A random permutation of range(n) at `index`, one permutation a `key`; both [k] uint64. No state.
 
-    A Feistel network over the next power of four, repeated until the value falls into the range again
-    (cycle walking: Black and Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9).
+    A Feistel network over the next power of four, repeated until the value falls into the range again (cycle walking:
+    Black and Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9).
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -52,31 +52,29 @@ def windows(tokens: TokenFile, rows: np.ndarray, context: int) -> dict[str, torc
 class Sampler:
     """Training batches `{"tokens": int64 [batch / world_size, context + 1]}`, on without end.
 
-    The text is cut into windows of `context` tokens and the one that follows (each token is a target once);
-    every epoch goes through all windows once, in a new order. `batch` counts all ranks together: a rank takes
-    its rows of the same global batch, so the batches don't depend on `world_size`, and a run resumes with
-    another one.
+    The text is cut into windows of `context` tokens and the one that follows (each token is a target once); every epoch
+    goes through all windows once, in a new order. `batch` counts all ranks together: a rank takes its rows of the same
+    global batch, so the batches don't depend on `world_size`, and a run resumes with another one.
 
-    Raises:
-        DataError: the text is shorter than one batch.
-        ConfigError: `batch` can't be divided among the ranks.
+    Raises DataError if the text is shorter than one batch, and ConfigError if `batch` can't be divided among the ranks.
     """
 
-    def __init__(self, tokens: TokenFile, batch: int, context: int, seed: int = 0, rank: int = 0,
-                 world_size: int = 1):
+    def __init__(self, tokens: TokenFile, batch: int, context: int, seed: int = 0, rank: int = 0, world_size: int = 1):
         if batch < 1 or context < 1:
-            raise ConfigError(f"A batch of {batch} x {context} tokens holds nothing: both must be at least "
-                              f"1.")
+            raise ConfigError(f"A batch of {batch} x {context} tokens holds nothing: both must be at least 1.")
         if batch % world_size or not 0 <= rank < world_size:
-            raise ConfigError(f"Rank {rank} of {world_size} can't take its part of a batch of {batch}: the "
-                              f"batch must be a multiple of the number of ranks, such as "
-                              f"{-(-batch // world_size) * world_size}.")
+            raise ConfigError(
+                f"Rank {rank} of {world_size} can't take its part of a batch of {batch}: the batch must be a multiple "
+                f"of the number of ranks, such as {-(-batch // world_size) * world_size}."
+            )
         if (needed := batch * context + 1) > tokens.count:
             room = (tokens.count - 1) // context
-            mend = (f"a batch of at most {room}" if room >= 1 else
-                    f"a context of at most {max(tokens.count - 1, 1) // batch or 1}")
-            raise DataError(f"The batch is longer than the text: {batch} x {context} tokens need {needed}, "
-                            f"{tokens.path} has {tokens.count}. Choose {mend}, or give more text.")
+            longest = max(tokens.count - 1, 1) // batch or 1
+            mend = f"a batch of at most {room}" if room >= 1 else f"a context of at most {longest}"
+            raise DataError(
+                f"The batch is longer than the text: {batch} x {context} tokens need {needed}, {tokens.path} has "
+                f"{tokens.count}. Choose {mend}, or give more text."
+            )
         self.tokens, self.batch, self.context, self.seed = tokens, batch, context, seed
         self.rank, self.world_size = rank, world_size
         self.count = (tokens.count - 1) // context  # windows
@@ -104,8 +102,8 @@ class Sampler:
         return self.step * self.batch / self.count
 
     def identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "batch": self.batch, "context": self.context, "tokens": self.tokens.count,
-                "crc32": self.tokens.crc32}
+        data = {"tokens": self.tokens.count, "crc32": self.tokens.crc32}
+        return {"seed": self.seed, "batch": self.batch, "context": self.context, **data}
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what it is a position in."""
@@ -115,28 +113,30 @@ class Sampler:
         """Raises DataError if the state is of other data, another seed, batch or context."""
         for name, own in self.identity().items():
             if state[name] != own:
-                raise DataError(f"Can't resume the data where it stopped: {name} was {state[name]}, now it "
-                                f"is {own}. Resume with the same data, seed, batch and context, or start a "
-                                f"new run.")
+                raise DataError(
+                    f"Can't resume the data where it stopped: {name} was {state[name]}, now it is {own}. Resume with "
+                    "the same data, seed, batch and context, or start a new run."
+                )
         self.step = state["step"]
 
 
-def validation_batches(tokens: TokenFile, batch: int, context: int,
-                       limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+def validation_batches(
+    tokens: TokenFile, batch: int, context: int, limit: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
     """The validation text in order: batches `{"tokens": int64 [batch, context + 1]}`, no window twice.
 
-    At most `limit` batches, then spread evenly over the text. All batches have one shape (a captured step
-    needs that): `batch`, or fewer where the text has fewer windows; so up to a batch of windows is left out.
-
-    Raises:
-        DataError: the text has no whole window.
+    At most `limit` batches, then spread evenly over the text. All batches have one shape (a captured step needs that):
+    `batch`, or fewer where the text has fewer windows; so up to a batch of windows is left out. Raises DataError if the
+    text has no whole window.
     """
     count = (tokens.count - 1) // context
     if count < 1:
-        raise DataError(f"The validation text is shorter than one window: {tokens.path} has {tokens.count} "
-                        f"tokens, a context of {context} needs {context + 1}. Choose a context of at most "
-                        f"{max(tokens.count - 1, 1)}, hold out a larger fraction, or give more text.")
+        raise DataError(
+            f"The validation text is shorter than one window: {tokens.path} has {tokens.count} tokens, a context of "
+            f"{context} needs {context + 1}. Choose a context of at most {max(tokens.count - 1, 1)}, hold out a larger "
+            "fraction, or give more text."
+        )
     batch = min(batch, count)
     number = count // batch if limit is None else min(limit, count // batch)
     rows = np.arange(number * batch) * count // max(number * batch, 1)
-    return (windows(tokens, rows[i * batch:(i + 1) * batch], context) for i in range(number))
+    return (windows(tokens, rows[i * batch : (i + 1) * batch], context) for i in range(number))

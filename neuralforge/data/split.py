@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from neuralforge.data.corpus import Corpus
-from neuralforge.data.readers import Piece
-from neuralforge.errors import DataError
+from ..errors import DataError
+from .corpus import Corpus
+from .readers import Piece
 
 SplitName = Literal["train", "valid"]
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
@@ -36,8 +36,8 @@ class Meter:
 
 @dataclass(frozen=True)
 class Split:
-    """Which text is held out for validation: the documents whose stable key lies below `threshold`; or, where
-    documents are so few or so unequal that no threshold comes near `fraction`, the last part of each one."""
+    """Which text is held out for validation: the documents whose stable key lies below `threshold`; or, where documents are
+    so few or so unequal that no threshold comes near `fraction`, the last part of each one."""
 
     fraction: float
     threshold: float | None

@@ -12,18 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuralforge.data.files import write_atomic
-from neuralforge.data.readers import readable
-from neuralforge.errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
+from ..files import write_atomic
+from .readers import readable
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-4's way to split words, digits and punctuation, but a run of blank lines and indentation stays together:
-# 5 % fewer tokens than GPT-2's expression on Python code.
-WORDS = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s+(?!\S)|\s+")
+# GPT-4's way to split words, digits and punctuation, but a run of blank lines and indentation stays together: 5 % fewer
+# tokens than GPT-2's expression on Python code.
+WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # how Python's surrogateescape stands for bytes that are no UTF-8
 
 
@@ -36,41 +35,46 @@ class Tokenizer:
 
         try:
             self.inner: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(serialised.decode())
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{origin} is not a sound tokenizer.json: {error}. Write or download it "
-                            f"again.") from error
+        except Exception as e:  # the library raises plain Exception
+            raise DataError(f"{origin} is not a sound tokenizer.json: {e}. Write or download it again.") from e
         self.inner.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
         self.serialised = serialised
         end = self.inner.token_to_id(END_OF_TEXT)
         if end is None:
-            raise DataError(f"{origin} has no token {END_OF_TEXT!r}, which ends a document. Add it, or let "
-                            f"neuralforge train a tokenizer.")
+            raise DataError(
+                f"{origin} has no token {END_OF_TEXT!r}, which ends a document. Add it, or let neuralforge train a "
+                "tokenizer."
+            )
         self.end_of_text: int = end
         missing = [letter for letter in byte_letters() if self.inner.token_to_id(letter) is None]
         if missing:
-            raise DataError(f"{origin} is no byte-level BPE: {len(missing)} of the 256 bytes are no tokens. "
-                            f"Use a byte-level one (GPT-2's kind), or let neuralforge train a tokenizer.")
+            raise DataError(
+                f"{origin} is no byte-level BPE: {len(missing)} of the 256 bytes are no tokens. Use a byte-level one "
+                "(GPT-2's kind), or let neuralforge train a tokenizer."
+            )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learns at most `vocab_size` tokens (fewer if the text has no more pairs that occur twice).
-        The same texts give the same tokenizer. Raises ConfigError below 257."""
+        """Learn at most `vocab_size` tokens (fewer if the text has no more pairs that occur twice). The same texts give the
+        same tokenizer. Raises ConfigError below 257."""
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Inner
 
         if vocab_size < 257:
-            raise ConfigError(f"A vocabulary of {vocab_size} is too small: the 256 bytes and {END_OF_TEXT} "
-                              f"need 257. Choose 257 or more; 8192 suits a small model.")
+            raise ConfigError(
+                f"A vocabulary of {vocab_size} is too small: the 256 bytes and {END_OF_TEXT} need 257. Choose 257 or "
+                "more; 8192 suits a small model."
+            )
         inner = Inner(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
         inner.decoder = decoders.ByteLevel()
-        inner.train_from_iterator(texts, trainers.BpeTrainer(
+        trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[END_OF_TEXT],
             initial_alphabet=sorted(byte_letters()),
-        ))
+        )  # fmt: skip
+        inner.train_from_iterator(texts, trainer)
         return cls(inner.to_str(pretty=True).encode())
 
     @classmethod

@@ -1,5 +1,5 @@
-"""Memory-mapped token files: `train.bin` and `valid.bin`, raw little-endian uint16 or uint32 ids, beside one
-header `tokens.json` (which says what they are and how long) and the `tokenizer.json` that made them."""
+"""Memory-mapped token files: `train.bin` and `valid.bin`, raw little-endian uint16 or uint32 ids, beside one header
+`tokens.json` (which says what they are and how long) and the `tokenizer.json` that made them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from neuralforge.data.files import atomic_folder, disk_errors, write_synced
-from neuralforge.data.readers import readable
-from neuralforge.data.split import Meter, Progress, SplitName
-from neuralforge.data.tokenizer import Tokenizer
-from neuralforge.errors import DataError
+from ..errors import DataError
+from ..files import atomic_folder, disk_errors, write_synced
+from .readers import readable
+from .split import Meter, Progress, SplitName
+from .tokenizer import Tokenizer
 
 HEADER = "tokens.json"
 FORMAT = 1
@@ -57,9 +57,10 @@ class TokenFile:
             while block := file.read(1 << 22):
                 crc = zlib.crc32(block, crc)
         if crc != self.crc32:
-            raise DataError(f"{self.path} is corrupted: its checksum is {crc:08x}, its header {HEADER} says "
-                            f"{self.crc32:08x}. Delete the folder {self.path.parent} and prepare the data "
-                            f"again.")
+            raise DataError(
+                f"{self.path} is corrupted: its checksum is {crc:08x}, its header {HEADER} says {self.crc32:08x}. "
+                f"Delete the folder {self.path.parent} and prepare the data again."
+            )
 
 
 class TokenWriter:
@@ -89,13 +90,12 @@ class TokenWriter:
         return TokenFile(self.path, self.dtype, self.count, self.text_bytes, self.documents, self.crc32)
 
 
-def write_token_files(folder: Path, parts: Iterable[tuple[SplitName, str, bool]], tokenizer: Tokenizer, *,
-                      text_bytes: int, source: str, fingerprint: str,
-                      progress: Progress | None = None) -> None:
-    """Encodes `parts` (split, text, whether a document ends) on all cores into a new `folder`, all or
-    nothing. `text_bytes` is the UTF-8 of all parts together. Raises DataError if the disk is full or a
-    split is empty.
-    """
+def write_token_files(
+    folder: Path, parts: Iterable[tuple[SplitName, str, bool]], tokenizer: Tokenizer, *, text_bytes: int, source: str,
+    fingerprint: str, progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Encode `parts` (split, text, whether a document ends) on all cores into a new `folder`, all or nothing. `text_bytes`
+    is the UTF-8 of all parts together. Raises DataError if the disk is full or a split is empty."""
     meter = Meter(progress, "encoding", text_bytes)
     writers: dict[str, TokenWriter] = {}
 
@@ -112,8 +112,8 @@ def write_token_files(folder: Path, parts: Iterable[tuple[SplitName, str, bool]]
             writers[split].documents += last
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors(folder.parent, needed))
         temporary = stack.enter_context(atomic_folder(folder))
-        stack.enter_context(disk_errors(folder.parent, needed, temporary))
         for split in ("train", "valid"):
             writers[split] = TokenWriter(temporary / f"{split}.bin", tokenizer.vocab_size)
             stack.callback(writers[split].close)
@@ -129,49 +129,51 @@ def write_token_files(folder: Path, parts: Iterable[tuple[SplitName, str, bool]]
         files = {split: writer.finish() for split, writer in writers.items()}
         for split, file in files.items():
             if not file.count:
-                raise DataError(f"The {split} split of {source} is empty: {text_bytes} bytes of text are too "
-                                f"few to hold some out. Give more text.")
+                raise DataError(
+                    f"The {split} split of {source} is empty: {text_bytes} bytes of text are too few to hold some out. "
+                    "Give more text."
+                )
         splits = {split: dataclasses.asdict(file) for split, file in files.items()}
         for fields in splits.values():
             del fields["path"]
-        header = {"format": FORMAT, "source": source, "fingerprint": fingerprint,
-                  "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "splits": splits}
+        header = {
+            "format": FORMAT, "source": source, "fingerprint": fingerprint, "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.sha256, "splits": splits,
+        }  # fmt: skip
         write_synced(temporary / HEADER, json.dumps(header, indent=2).encode())
     meter.finish()
 
 
 def open_token_files(folder: Path) -> tuple[TokenFile, TokenFile, Tokenizer, str]:
-    """(train, valid, tokenizer, source) of a folder of token files.
-
-    Raises:
-        DataError: a file is missing, truncated or corrupted, or the tokenizer isn't the one that made them.
-    """
+    """(train, valid, tokenizer, source) of a folder of token files. Raises DataError where a file is missing, truncated or
+    corrupted, or the tokenizer isn't the one that made them."""
     mend = f"Delete the folder {folder} and prepare the data again, or copy it anew."
     try:
         with readable(folder / HEADER):
             header = json.loads((folder / HEADER).read_bytes())
         if header["format"] != FORMAT:
-            raise DataError(f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. "
-                            f"{mend}")
-        train, valid = (TokenFile(folder / f"{split}.bin", **header["splits"][split])
-                        for split in ("train", "valid"))
+            raise DataError(f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. {mend}")
+        train, valid = (TokenFile(folder / f"{split}.bin", **header["splits"][split]) for split in ("train", "valid"))
         sha256, source = header["tokenizer_sha256"], header["source"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / HEADER} is not a sound header ({type(error).__name__}: {error}). "
-                        f"{mend}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{folder / HEADER} is not a sound header ({type(e).__name__}: {e}). {mend}") from e
     for file in (train, valid):
         if file.dtype not in ("uint16", "uint32"):
-            raise DataError(f"{folder / HEADER} gives {file.path.name} the dtype {file.dtype!r}, expected "
-                            f"uint16 or uint32. {mend}")
+            raise DataError(
+                f"{folder / HEADER} gives {file.path.name} the dtype {file.dtype!r}, expected uint16 or uint32. {mend}"
+            )
         with readable(file.path):
             size = file.path.stat().st_size
         if size != (expected := file.count * np.dtype(file.dtype).itemsize):
-            raise DataError(f"{file.path} is {'truncated' if size < expected else 'too long'}: it has {size} "
-                            f"bytes, its header says {file.count} {file.dtype} tokens, {expected} bytes. "
-                            f"{mend}")
+            raise DataError(
+                f"{file.path} is {'truncated' if size < expected else 'too long'}: it has {size} bytes, its header "
+                f"says {file.count} {file.dtype} tokens, {expected} bytes. {mend}"
+            )
         file.verify()
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.sha256 != sha256:
-        raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it: "
-                        f"its sha256 is {tokenizer.sha256[:12]}, the header says {sha256[:12]}. {mend}")
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it: its sha256 is "
+            f"{tokenizer.sha256[:12]}, the header says {sha256[:12]}. {mend}"
+        )
     return train, valid, tokenizer, source

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..files import beside, disk_errors, sync_folder, write_synced
 from ..resilience import tensor_file
-from ..resilience.checkpoint import write_error
 from .config import ModelConfig
 from .initialise import KINDS
 
@@ -150,25 +149,24 @@ def save_pretrained(
     count = len(shards)
     files = {WEIGHTS if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": t for i, t in enumerate(shards, 1)}
     size = sum(p.nbytes for p in model.parameters())
-    partial = folder / f".partial-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir(parents=True)
-        for name, tensors in files.items():
-            tensor_file.write(partial / name, tensors, {"format": "pt"})
-        if count > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": {t: name for name in files for t in files[name]}}
-            (partial / INDEX).write_text(json.dumps(index, indent=2))
-        described = _write_config(config, next(model.parameters()).dtype)
-        (partial / CONFIG).write_text(json.dumps(described, indent=2))
-        for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-            old.unlink(missing_ok=True)
-        for new in partial.iterdir():
-            os.replace(new, folder / new.name)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise write_error(folder, size, e) from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = beside(folder / "partial")
+    with disk_errors(folder, lambda: size, CheckpointError):
+        try:
+            partial.mkdir(parents=True)
+            for name, tensors in files.items():
+                tensor_file.write(partial / name, tensors, {"format": "pt"})
+            if count > 1:
+                index = {"metadata": {"total_size": size}, "weight_map": {t: name for name in files for t in files[name]}}
+                write_synced(partial / INDEX, json.dumps(index, indent=2).encode())
+            described = _write_config(config, next(model.parameters()).dtype)
+            write_synced(partial / CONFIG, json.dumps(described, indent=2).encode())
+            for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+                old.unlink(missing_ok=True)
+            for new in partial.iterdir():
+                os.replace(new, folder / new.name)
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _theirs(kind: str, ours: str) -> str:

@@ -8,12 +8,10 @@ cut. One process at a time saves under a root.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import zlib
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..files import atomic_folder, clear_leftovers, discard, disk_errors, write_atomic, write_synced
 from ..graph.tree import tree_flatten_with_path, tree_unflatten
 from . import tensor_file
 from .tensor_file import Checksums, Damaged
@@ -49,41 +48,26 @@ def save(
         raise CheckpointError(f"the metadata of checkpoint {name} can't be written as JSON: {e}.") from e
     unique, aliases = _untie(tensors)
     needed = sum(t.numel() * t.element_size() for t in unique.values())
-    final, folder = root / name, _beside(root / name)
-    try:
+    with disk_errors(root, lambda: needed, CheckpointError):
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob("*.tmp-*"):  # of an interrupted save
-            _delete(leftover)
+        clear_leftovers(root)
         if shutil.disk_usage(root).free < needed:  # don't fill a disk that others need too
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        folder.mkdir()
-        checksums = tensor_file.write(folder / TENSORS, unique, {"format": "pt"})
-        record = {
-            "format": FORMAT,
-            "serial": max(map(_serial, checkpoints(root)), default=0) + 1,
-            "metadata": metadata,
-            "aliases": aliases,
-            "header": checksums.header,
-            "tensors": checksums.tensors,
-        }
-        _write(folder / METADATA, json.dumps({"checksum": _checksum(record), **record}, indent=1))
-        _sync_folder(folder)
-        if final.exists():  # a rename can't replace a folder
-            _discard(final)
-        os.replace(folder, final)
-        pointer = _beside(root / LATEST)
-        _write(pointer, name)
-        os.replace(pointer, root / LATEST)
-        _sync_folder(root)
+        with atomic_folder(root / name) as folder:
+            checksums = tensor_file.write(folder / TENSORS, unique, {"format": "pt"})
+            record = {
+                "format": FORMAT,
+                "serial": max(map(_serial, checkpoints(root)), default=0) + 1,
+                "metadata": metadata,
+                "aliases": aliases,
+                "header": checksums.header,
+                "tensors": checksums.tensors,
+            }
+            write_synced(folder / METADATA, json.dumps({"checksum": _checksum(record), **record}, indent=1).encode())
+        write_atomic(root / LATEST, name.encode(), CheckpointError)
         for old in checkpoints(root)[:-keep] if keep else []:
-            _discard(old)
-    except OSError as e:
-        _delete(folder)
-        raise write_error(root, needed, e) from e
-    except BaseException:
-        _delete(folder)
-        raise
-    return final
+            discard(old)
+    return root / name
 
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -153,17 +137,6 @@ def unflatten(tensors: dict[str, torch.Tensor], like: Any) -> Any:
             f"place for. Resume with the configuration that the checkpoint was made with."
         )
     return tree_unflatten(leaves, tree)
-
-
-def write_error(folder: Path, needed: int, e: OSError) -> CheckpointError:
-    """What to raise where `needed` bytes can't be written below `folder`, once the half-written is deleted."""
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
-        return CheckpointError(
-            f"{folder}: the disk is full: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free. Nothing was "
-            f"written, and what was there is intact. Free some space, or choose a folder on another disk."
-        )
-    return CheckpointError(f"{folder}: can't be written: {e}. What was there is intact. Choose a writable folder.")
 
 
 def _path(path: tuple) -> str:
@@ -238,38 +211,3 @@ def _serial(folder: Path) -> int:
         return _record(folder)["serial"]
     except (OSError, Damaged):
         return 0
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-
-
-def _discard(folder: Path) -> None:
-    """Delete a checkpoint; interrupted, what is left doesn't look like one."""
-    rest = _beside(folder)
-    os.replace(folder, rest)
-    _delete(rest)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename lives in the folder, not in the file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,7 +24,7 @@ from rich.progress import (
 
 from ..bench import Peak, peak_flops
 from ..data import Dataset
-from ..data.files import write_atomic
+from ..files import write_atomic
 from ..errors import KernelError
 from ..models import ModelConfig
 from .config import Config

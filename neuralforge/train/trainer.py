@@ -17,7 +17,7 @@ import torch
 from .. import optim, resilience
 from ..compiler import jit
 from ..data import Dataset, Sampler, Tokenizer, bigram_loss, prepare, validation_batches
-from ..data.files import write_atomic
+from ..files import write_atomic
 from ..errors import CheckpointError
 from ..models import build, generate
 from .config import Config, dump, load

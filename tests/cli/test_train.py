@@ -226,7 +226,7 @@ def test_a_file_where_the_run_should_be(resume, text, tmp_path, capsys):
     assert main(["train", *text, f"--out={out}", *resume]) == 2
     assert main(["generate", f"--out={out}"]) == 2
     errors = capsys.readouterr().err
-    assert errors.count("error: ") == 2 and out.read_text() == "mine"
+    assert errors.split().count("error:") == 2 and out.read_text() == "mine"  # a line may end behind one
 
 
 def test_dry_run_writes_nothing(text, tmp_path, capsys):
@@ -300,7 +300,7 @@ def test_a_corrupted_checkpoint(text, tmp_path, capsys):
     assert main(["train", "--resume", "--steps=25", f"--out={out}"]) == 0
 
 
-@pytest.mark.parametrize("kilobytes, message", [(400, "disk is full.* MB are free"), (640, "disk of .* is full.* MB are free")])
+@pytest.mark.parametrize("kilobytes, message", [(400, "disk is full.* MB are free"), (640, "run: the disk is full.* MB are free")])
 def test_a_full_disk(kilobytes, message, text, tmp_path, capsys):
     """The disk fills up with the second checkpoint, or with the curve at the end."""
     disk = tmp_path / "disk"

@@ -109,7 +109,7 @@ def test_two_processes_at_once_make_it_once(folder, tmp_path):
 def test_what_a_killed_process_left_is_cleared(folder, tmp_path):
     cache = tmp_path / "cache"
     name = prepare(str(folder), cache, 300, 0.1).folder.name
-    (cache / name).rename(cache / f"{name}.999.partial")
+    (cache / name).rename(cache / f"{name}.tmp-999")
     prepare(str(folder), cache, 300, 0.1)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [name]
 
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path):
     source = tmp_path / "long.txt"
     source.write_text("".join(document(i) for i in range(5000)))
     try:
-        with pytest.raises(DataError, match=r"small/cache is full: .* and 0\.3 MB are free") as error:
+        with pytest.raises(DataError, match=r"small/cache: the disk is full: .* and 0\.3 MB are free") as error:
             prepare(str(source), small / "cache", 270, 0.05)
         needed = float(str(error.value).split("about ")[1].split(" MB")[0]) * 1e6
         assert not tree(small / "cache")
