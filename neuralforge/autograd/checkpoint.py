@@ -28,15 +28,15 @@ from .forward import Forward
 from .rules.table import find_definition, find_rule
 from .tape import Tape, descend
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.neuralforge
 
 Policy = Callable[[Any, "str | None"], bool]
 """`policy(operator, name)`: is this result kept? `operator` is an ATen overload; `name` is given by checkpoint_name."""
 
 PRODUCTS = {
-    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
-    aten._scaled_dot_product_cudnn_attention,
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm, own.matmul, own.linear_cross_entropy, aten.convolution,
+    aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention, own.flash_attention,
 }  # fmt: skip
 
 

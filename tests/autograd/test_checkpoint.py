@@ -125,6 +125,22 @@ def test_attention_convolution_and_random_operators(run, policy):
     assert torch.allclose(sum((g * d).sum() for g, d in zip(at(0.0)[1], direction)), slope, rtol=1e-6)
 
 
+def test_products_of_other_operators_are_kept_too():
+    own, aten = torch.ops.neuralforge, torch.ops.aten
+    q, x, w, target = f64(1, 2, 4, 8), f64(4, 8), f64(5, 8), torch.tensor([0, 4, 2, 1])
+    groups, ends = torch.randn(2, 8, 8, dtype=torch.bfloat16), torch.tensor([1, 4], dtype=torch.int32)
+    for f, given, products in (
+        (lambda q: own.flash_attention(q, q, q)[0].sin(), q, {own.flash_attention: 1}),
+        (lambda x: own.linear_cross_entropy(x, w, target)[0].sin(), x, {own.linear_cross_entropy: 1}),
+        (lambda x: own.matmul(x, w.t()).sin(), x, {aten.mm: 2}),  # forward and backward
+        (lambda x: aten._grouped_mm(x, groups, ends).sin(), x.bfloat16(), {aten._grouped_mm: 2}),
+    ):
+        block = nf.checkpoint(f, nf.save_products)
+        equations = capture(nf.grad(lambda x: block(x).sum()), given).graph.equations  # noqa: B023
+        found = [eq.op.overloadpacket for eq in equations]
+        assert {op: found.count(op) for op in products} == products and own.matmul not in found
+
+
 @both
 def test_closures(run):
     w, x, v = f64(3, 3), f64(3), f64(3, 3)
