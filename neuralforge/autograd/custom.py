@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Any
 
@@ -315,23 +315,27 @@ def opaque(f: Callable, shape: Callable) -> Callable:
     Raises DifferentiationError for an argument that isn't a tensor, and where `f` returns something else than `shape` says.
     """
     name = f"opaque_{name_of(f).strip('<>')}_{next(_numbers)}"
-    single: list[bool] = []
+    promised: dict[tuple, tuple[bool, list]] = {}
 
-    promised: dict[tuple, list] = {}  # for arguments of these shapes and dtypes, the results'
-
-    def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def promise(inputs: Sequence[torch.Tensor]) -> tuple[bool, list]:
+        """For arguments of these shapes and dtypes: is the result a tensor by itself, and the results' shapes and dtypes."""
         kinds = tuple([(x.shape, x.dtype) for x in inputs])
         if kinds not in promised:
-            with FakeTensorMode():
-                fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-                promised[kinds] = [(y.shape, y.dtype) for y in fake(fakes)]
+            with _disable_current_modes(), FakeTensorMode():
+                out = shape(*[torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs])
+            single = isinstance(out, torch.Tensor)
+            promised[kinds] = single, [(y.shape, y.dtype) for y in ([out] if single else out)]
+        return promised[kinds]
+
+    def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        _, expected = promise(inputs)
         out = f(*inputs)
         outputs = [out] if isinstance(out, torch.Tensor) else list(out)
         found = [(y.shape, y.dtype) if isinstance(y, torch.Tensor) else type(y).__name__ for y in outputs]
-        if found != promised[kinds]:
+        if found != expected:
             raise DifferentiationError(
                 f"{user_line()}: {name_of(f)} returned {_told(found)}, and its shape function says "
-                f"{_told(promised[kinds])}. They must agree."
+                f"{_told(expected)}. They must agree."
             )
         given = {x.untyped_storage()._cdata for x in inputs}
         return [y.clone() if y.untyped_storage()._cdata in given else y for y in outputs]
@@ -358,11 +362,8 @@ def opaque(f: Callable, shape: Callable) -> Callable:
                     f"tensors. Bind other arguments beforehand, with functools.partial or a closure."
                 )
         out = op(list(tensors))
-        if not single:
-            with _disable_current_modes(), FakeTensorMode():
-                fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
-                single.append(isinstance(shape(*fakes), torch.Tensor))
-        return out[0] if single[0] else tuple(out)
+        single, _ = promise(tensors)
+        return out[0] if single else tuple(out)
 
     return update_wrapper(operator, f)
 

@@ -111,6 +111,17 @@ def test_an_opaque_function_under_vmap(run):
     assert torch.allclose(run(nf.jacrev(sin))(x[0]), x[0].cos().diag())
 
 
+@both
+def test_an_opaque_function_may_return_a_tensor_or_a_tuple(run):
+    single = lambda xs: xs if len(xs) > 1 else xs[0]
+    double = nf.opaque(lambda *xs: single([2 * x for x in xs]), shape=lambda *xs: single(xs))
+    x, y = f64(3), f64(2)
+    for _ in range(2):
+        assert torch.equal(run(double)(x), 2 * x)
+        a, b = run(double)(x, y)
+        assert torch.equal(a, 2 * x) and torch.equal(b, 2 * y)
+
+
 def test_an_opaque_function_is_one_equation():
     graph = capture(sine_in_numpy(), f64(3)).graph
     assert len(graph.equations) == 1 and "opaque" in graph.equations[0].name
