@@ -104,6 +104,16 @@ def test_product_with_zeros_second_order():
     torch.testing.assert_close(hessian(f), hessian(g))
 
 
+@pytest.mark.filterwarnings("ignore:var.. degrees of freedom")
+@pytest.mark.parametrize("run", [lambda f: f, nf.jit], ids=["eager", "jit"])
+def test_variance_without_degrees_of_freedom(run):
+    """Where it is not a number, so are its derivatives."""
+    for shape, dim, correction in (((4, 1), 1, 1), ((1,), None, 1), ((3, 1), 1, 2)):
+        variance = lambda x: torch.var(x, dim, correction=correction)  # noqa: B023
+        assert run(nf.grad(lambda x: variance(x).sum()))(make(*shape)).isnan().all()  # noqa: B023
+        assert run(lambda x: nf.jvp(variance, (x,), (x,))[1])(make(*shape)).isnan().all()  # noqa: B023
+
+
 def test_index_fill_counts_a_repeated_index_once():
     x, value = make(4), torch.tensor(2.0, dtype=torch.float64)
     g = nf.grad(lambda v: x.index_fill(0, torch.tensor([1, 1, 3]), v).sum())(value)

@@ -39,7 +39,8 @@ def mean(y, x, dim=None, keepdim=False, *, dtype=None):
 
 @rule("var.correction")
 def var(y, x, dim=None, *, correction=None, keepdim=False):
-    factor = 2 / max(count(x.shape, dim) - (1 if correction is None else correction), 0 or 1e-300)
+    freedom = count(x.shape, dim) - (1 if correction is None else correction)
+    factor = 2 / freedom if freedom > 0 else math.inf
     centred = lambda: x - (x.mean() if dim is None or dim == [] else x.mean(dim, keepdim=True))
     return Derivative(
         lambda g: keep_dims(g, dim, keepdim, x.dim()) * factor * centred(),
