@@ -84,8 +84,9 @@ class Explanation:
         for name, graph in stages(captured.graph, rewrites):
             self.passes.append(Stage(name, graph, rewrites.made[made:], rewrites.refused[refused:]))
             made, refused = len(rewrites.made), len(rewrites.refused)
-        self._limited = rewrites.limit is not None and made >= rewrites.limit
         self._compiled: Compiled = jitted.compile(args, kwargs, captured)
+        self.passes.append(Stage("join_products", self._compiled.graph, self._compiled.rewrites, self._compiled.refused))
+        self._limited = rewrites.limit is not None and made + len(self._compiled.rewrites) >= rewrites.limit
         self._tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.program: str = self._compiled.program.source
         self._rows: dict[Equation, Row] | None = None

@@ -40,6 +40,7 @@ class Compiled:
             build_ahead(bfloat16=True)
         rewrites = Rewrites(max_rewrites)
         graph = _optimised(captured.graph, rewrites)
+        made, refused = len(rewrites.made), len(rewrites.refused)
         self.out_tree: TreeSpec = captured.out_tree
         self._rebuild = _rebuilding(captured.out_tree)
         self.writes, self.closed = captured.writes, captured.closed
@@ -53,13 +54,14 @@ class Compiled:
             graph, joined = join_epilogues(graph, products, groups_for_prologues(graph, kernels))
             graph, summed = join_column_sums(graph, products)
             kernels |= joined | summed
-            graph, made = join_prologues(graph, kernels)
-            kernels |= made
+            graph, early = join_prologues(graph, kernels)
+            kernels |= early
         graph, kernels = rematerialise(graph, kernels, given, memory_budget)
         with rewrites.noting():
-            graph, made = join_prologues(graph, kernels)
-        kernels = built(graph, kernels | made)
+            graph, late = join_prologues(graph, kernels)
+        kernels = built(graph, kernels | late)
         self.graph = graph
+        self.rewrites, self.refused = rewrites.made[made:], rewrites.refused[refused:]  # those after the passes
         give_pages_back()  # what compiling took, and timing, would count for the whole run
         self.program = Program(graph, kernels, given, arena)
         self._apart: list[int] | None = None  # where the tensors of a call lay that don't overlap

@@ -1,4 +1,4 @@
-"""Honouring `torch.no_grad()` inside differentiated functions.
+"""Honouring `torch.no_grad()` and `detach_()` inside differentiated functions.
 
 The transforms turn torch.autograd off, so that a user's `no_grad` within them turns off what is off already and PyTorch
 can't tell us. Its context managers (no_grad, enable_grad, set_grad_enabled, inference_mode) are therefore extended, once
@@ -111,3 +111,21 @@ _extend(torch.enable_grad, lambda self: False)
 _extend(torch.set_grad_enabled, lambda self: not self.mode)
 _extend(torch.inference_mode, lambda self: self.mode)
 _extend_call(torch.set_grad_enabled)
+
+
+def _extend_detach() -> None:
+    """PyTorch doesn't dispatch `detach_`, which concerns its own autograd alone, to modes; to ours it matters too."""
+    detach = torch.Tensor.detach_
+    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+    @wraps(detach)
+    def detached(self: torch.Tensor) -> torch.Tensor:
+        if torch._C._len_torch_dispatch_stack():
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+                return detach(self)
+        return detach(self)
+
+    torch.Tensor.detach_ = detached
+
+
+_extend_detach()

@@ -181,6 +181,8 @@ class Tracer(TorchDispatchMode):
             if value.dtype != target.dtype:
                 with self:
                     value = value.to(target.dtype)
+            if func is aten.detach_.default:
+                value.__dict__[self._made] = None  # no view of what it takes the place of
             self._assign(target, value)
         return result
 

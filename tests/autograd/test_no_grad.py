@@ -47,7 +47,20 @@ def view_of_a_written_tensor(x):
     return (v * v).sum() * s
 
 
-FUNCTIONS = [target, every_context, write, view_of_a_written_tensor]
+def detached_in_place(x):
+    y = x * 2
+    y.detach_()
+    z = (x * 3).detach_().mul_(2)
+    y[1:].mul_(3)
+    return (x * y * z).sum()
+
+
+def power_of_a_number(x):
+    """Its rule makes a tensor of the number, which torch detaches in place."""
+    return (2**x + 10**x * x).sum()
+
+
+FUNCTIONS = [target, every_context, write, view_of_a_written_tensor, detached_in_place, power_of_a_number]
 
 
 def torchs_gradient(f, x):

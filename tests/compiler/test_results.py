@@ -70,6 +70,17 @@ def test_two_arguments_change_places():
     assert x.eq(1).all() and y.eq(0).all()
 
 
+@pytest.mark.parametrize("rows", [2, 3])
+def test_elements_picked_by_indices_of_some_rows_only(rows):
+    x, at = torch.randn(3, 4, dtype=torch.float64), torch.tensor([3, 0, 1])[:rows]
+    for f in (
+        lambda x, at: x[torch.arange(rows), at],
+        lambda x, at: -x.log_softmax(-1)[torch.arange(rows), at].mean(),
+        lambda x, at: x[tuple(torch.triu_indices(3, 4, 1))].sin(),
+    ):
+        torch.testing.assert_close(nf.jit(f)(x, at), f(x, at))
+
+
 def test_a_number_less_a_tensor_is_no_loss():
     p, target = torch.rand(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     torch.testing.assert_close(nf.jit(torch.logit)(p), torch.logit(p))

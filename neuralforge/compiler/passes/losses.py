@@ -140,12 +140,14 @@ def _picked(program: Program, eq: Equation) -> _Pick | None:
         if len(indices) != ndim or ndim < 2 or None in indices or indices[-1].dtype != torch.int64:
             return None
         grid = tuple(x.shape[:-1])
+        if tuple(eq.outputs.shape) != grid:
+            return None
         for d, index in enumerate(indices[:-1]):
             known = program.literal(index)
             count = torch.arange(grid[d]).view([-1 if i == d else 1 for i in range(ndim - 1)])
             if known is None or known.dim() > ndim - 1 or not torch.equal(known.expand(grid), count.expand(grid)):
                 return None
-        return _Pick(x, ndim - 1, indices[-1], "by indices") if tuple(eq.outputs.shape) == grid else None
+        return _Pick(x, ndim - 1, indices[-1], "by indices")
     if eq.op in (aten.sum.dim_IntList, aten.sum.default) and not eq.kwargs:
         product = program.producer(eq.args[0], aten.mul.Tensor)
         for x, hot in (product.args, product.args[::-1]) if product is not None else ():
