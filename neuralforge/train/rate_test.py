@@ -15,6 +15,7 @@ from ..data import Sampler, prepare
 from ..errors import ConfigError
 from ..models import build
 from .config import Config
+from .pictures import picture
 from .step import curvature_due, make_step
 
 MEMORY = 0.9  # of the running mean that smooths the losses
@@ -91,18 +92,9 @@ def rate_test(config: Config, low: float, high: float, told: Callable[[int, floa
 
 def draw(found: RateTest, path: Path) -> None:
     """Losses over rates, as a picture of the kind that the file's name says."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    axes.plot(found.rates, found.losses, linewidth=0.7, alpha=0.5, label="loss")
-    axes.plot(found.rates, found.smooth, label="smoothed")
-    axes.axvline(found.suggestion, color="tab:green", linestyle="--", label=f"suggestion: {found.suggestion:.2g}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats per token)")
-    axes.set_ylim(0.95 * min(found.losses), 1.05 * max(found.smooth))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path) as axes:
+        axes.plot(found.rates, found.losses, linewidth=0.7, alpha=0.5, label="loss")
+        axes.plot(found.rates, found.smooth, label="smoothed")
+        axes.axvline(found.suggestion, color="tab:green", linestyle="--", label=f"suggestion: {found.suggestion:.2g}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats per token)")
+        axes.set_ylim(0.95 * min(found.losses), 1.05 * max(found.smooth))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
@@ -28,6 +27,7 @@ from ..files import write_atomic
 from ..errors import KernelError
 from ..models import ModelConfig
 from .config import Config
+from .pictures import picture
 
 
 class Report:
@@ -118,7 +118,7 @@ class Report:
         return loss / math.log(2) / self.dataset.bytes_per_token
 
     def _write(self, **line: Any) -> None:
-        line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}  # JSON has no inf
+        line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has no infinity
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -139,29 +139,16 @@ def _step(line: str) -> float:
 
 def draw_curve(out: Path) -> None:
     """Draw `metrics.jsonl` as loss.png and loss.svg."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     path = out / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    if train:
-        axes.plot(*zip(*train), linewidth=1, label="training")
-    if valid:
-        axes.plot(*zip(*valid), marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if train or valid:
-        axes.legend()
-    for kind in ("png", "svg"):
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=150)
-        write_atomic(out / f"loss.{kind}", picture.getvalue())
-    plt.close(figure)
+    with picture(out / "loss.png", out / "loss.svg") as axes:
+        if train:
+            axes.plot(*zip(*train), linewidth=1, label="training")
+        if valid:
+            axes.plot(*zip(*valid), marker="o", label="validation")
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
 
 
 def product_peak(precision: str) -> Peak:

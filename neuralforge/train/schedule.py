@@ -9,6 +9,7 @@ import torch
 
 from ..optim import schedules
 from .config import Config, schedule_points
+from .pictures import picture
 
 
 def make_schedule(config: Config) -> schedules.Schedule:
@@ -36,16 +37,7 @@ def rates(config: Config, most: int = 2000) -> tuple[list[int], list[float]]:
 
 def draw(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
     """Rates over steps, a labelled line each, as a picture of the kind that the file's name says."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5), constrained_layout=True)
-    for label, (steps, found) in curves.items():
-        axes.plot(steps, found, label=label)
-    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, height=3.5) as axes:
+        for label, (steps, found) in curves.items():
+            axes.plot(steps, found, label=label)
+        axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))

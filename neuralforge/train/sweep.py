@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .config import Config, dump, keys, load, resolve, set_key, toml_value
+from .pictures import picture
 
 CHECKPOINTS = "checkpoints"
 
@@ -185,11 +186,6 @@ def write(outcomes: list[Outcome], out: Path) -> None:
 
 def draw(found: list[Row], out: Path) -> None:
     """Validation loss over the key with the most numeric values, a line for each combination of the others."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = [row for row in found if row.losses]
     varied = list(found[0].values) if found else []
     count = lambda key: len({repr(row.values[key]) for row in found})
@@ -198,22 +194,16 @@ def draw(found: list[Row], out: Path) -> None:
     lines: dict[str, list[Row]] = {}
     for row in found:
         lines.setdefault(", ".join(f"{k}={_shown(v)}" for k, v in row.values.items() if k != x), []).append(row)
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for label, line in lines.items():
-        line = sorted(line, key=lambda row: row.values[x]) if x in numeric else line
-        at = [row.values[x] if x in numeric else _shown(row.values[x]) if x else "base" for row in line]
-        (drawn,) = axes.plot(at, [row.mean for row in line], marker="o", label=label or None)
-        for place, row in zip(at, line):
-            axes.plot([place] * len(row.losses), row.losses, ".", color=drawn.get_color(), alpha=0.4)
-    if x in numeric and (at := [row.values[x] for row in found]) and min(at) > 0 and max(at) >= 8 * min(at):
-        axes.set_xscale("log")
-    axes.set(xlabel=x or "", ylabel="validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if len(lines) > 1:
-        axes.legend()
-    for kind in ("png", "svg"):
-        figure.savefig(out / f"sweep.{kind}", dpi=150)
-    plt.close(figure)
+    with picture(out / "sweep.png", out / "sweep.svg") as axes:
+        for label, line in lines.items():
+            line = sorted(line, key=lambda row: row.values[x]) if x in numeric else line
+            at = [row.values[x] if x in numeric else _shown(row.values[x]) if x else "base" for row in line]
+            (drawn,) = axes.plot(at, [row.mean for row in line], marker="o", label=label if len(lines) > 1 else None)
+            for place, row in zip(at, line):
+                axes.plot([place] * len(row.losses), row.losses, ".", color=drawn.get_color(), alpha=0.4)
+        if x in numeric and (at := [row.values[x] for row in found]) and min(at) > 0 and max(at) >= 8 * min(at):
+            axes.set_xscale("log")
+        axes.set(xlabel=x or "", ylabel="validation loss (nats per token)")
 
 
 def _shown(value: Any) -> str:
