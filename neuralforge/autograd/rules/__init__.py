@@ -30,11 +30,14 @@ from .table import (
     diagonal,
     find_definition,
     find_rule,
+    identity,
     linear,
     nondifferentiable,
     rule,
+    symmetric,
 )
 
 __all__ = [
-    "Derivative", "Joint", "definition", "diagonal", "find_definition", "find_rule", "linear", "nondifferentiable", "rule",
+    "Derivative", "Joint", "definition", "diagonal", "find_definition", "find_rule", "identity", "linear",
+    "nondifferentiable", "rule", "symmetric",
 ]  # fmt: skip

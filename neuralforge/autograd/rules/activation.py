@@ -5,84 +5,79 @@ from __future__ import annotations
 
 import torch
 
-from .table import Derivative, aten, definition, diagonal, rule
-
-
-def elementwise(slope):
-    """`slope(g)` is g times a real derivative."""
-    return Derivative(slope, slope)
+from .table import Derivative, aten, definition, diagonal, rule, symmetric
 
 
 @rule("sigmoid")
 def sigmoid(y, x):
-    return diagonal(lambda: y * (1 - y)) if y.is_complex() else elementwise(lambda g: aten.sigmoid_backward(g, y))
+    return diagonal(lambda: y * (1 - y)) if y.is_complex() else symmetric(lambda g: aten.sigmoid_backward(g, y))
 
 
 @rule("tanh")
 def tanh(y, x):
-    return diagonal(lambda: 1 - y * y) if y.is_complex() else elementwise(lambda g: aten.tanh_backward(g, y))
+    return diagonal(lambda: 1 - y * y) if y.is_complex() else symmetric(lambda g: aten.tanh_backward(g, y))
 
 
 @rule("relu")
 def relu(y, x):
-    return elementwise(lambda g: aten.threshold_backward(g, y, 0))
+    return symmetric(lambda g: aten.threshold_backward(g, y, 0))
 
 
 @rule("gelu")
 def gelu(y, x, *, approximate="none"):
-    return elementwise(lambda g: aten.gelu_backward(g, x, approximate=approximate))
+    return symmetric(lambda g: aten.gelu_backward(g, x, approximate=approximate))
 
 
 @rule("silu")
 def silu(y, x):
     if x.is_complex():
         return diagonal(lambda: x.sigmoid() * (1 + x * (1 - x.sigmoid())))
-    return elementwise(lambda g: aten.silu_backward(g, x))
+    return symmetric(lambda g: aten.silu_backward(g, x))
 
 
 @rule("mish")
 def mish(y, x):
-    return elementwise(lambda g: aten.mish_backward(g, x))
+    return symmetric(lambda g: aten.mish_backward(g, x))
 
 
 @rule("softplus")
 def softplus(y, x, beta=1, threshold=20):
-    return elementwise(lambda g: aten.softplus_backward(g, x, beta, threshold))
+    return symmetric(lambda g: aten.softplus_backward(g, x, beta, threshold))
 
 
 @rule("elu")
 def elu(y, x, alpha=1, scale=1, input_scale=1):
-    return elementwise(lambda g: aten.elu_backward(g, alpha, scale, input_scale, False, x))
+    return symmetric(lambda g: aten.elu_backward(g, alpha, scale, input_scale, False, x))
 
 
 @rule("celu")
 def celu(y, x, alpha=1):
-    return elementwise(lambda g: aten.elu_backward(g, alpha, 1, 1 / alpha, False, x))
+    return symmetric(lambda g: aten.elu_backward(g, alpha, 1, 1 / alpha, False, x))
 
 
 @rule("leaky_relu")
 def leaky_relu(y, x, negative_slope=0.01):
-    return elementwise(lambda g: aten.leaky_relu_backward(g, x, negative_slope, False))
+    return symmetric(lambda g: aten.leaky_relu_backward(g, x, negative_slope, False))
 
 
 @rule("hardswish")
 def hardswish(y, x):
-    return elementwise(lambda g: aten.hardswish_backward(g, x))
+    return symmetric(lambda g: aten.hardswish_backward(g, x))
 
 
 @rule("hardsigmoid")
 def hardsigmoid(y, x):
-    return elementwise(lambda g: aten.hardsigmoid_backward(g, x))
+    return symmetric(lambda g: aten.hardsigmoid_backward(g, x))
 
 
 @rule("hardtanh")
 def hardtanh(y, x, low=-1, high=1):
-    return elementwise(lambda g: aten.hardtanh_backward(g, x, low, high))
+    return symmetric(lambda g: aten.hardtanh_backward(g, x, low, high))
 
 
 @rule("softshrink")
 def softshrink(y, x, lambd=0.5):
-    return elementwise(lambda g: aten.softshrink_backward(g, x, lambd))
+    return symmetric(lambda g: aten.softshrink_backward(g, x, lambd))
 
 
 @definition("softshrink_backward")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .reduction import selected
 from .scatter import pad_to
-from .table import Derivative, aten, linear, rule
+from .table import Derivative, aten, identity, linear, rule, symmetric
 
 
 @rule("embedding")
@@ -62,7 +63,7 @@ def index_put(y, x, indices, values, accumulate=False):
         return aten.index.Tensor(g, indices)
 
     return (
-        Derivative(clear, clear),
+        symmetric(clear),
         None,
         Derivative(pull, lambda t: aten.index_put(torch.zeros_like(y), indices, t, accumulate)),
     )
@@ -72,7 +73,7 @@ def index_put(y, x, indices, values, accumulate=False):
 def index_fill(y, x, dim, index, value):
     clear = lambda g: g.index_fill(dim, index, 0)
     return (
-        Derivative(clear, clear),
+        symmetric(clear),
         None,
         None,
         Derivative(
@@ -86,7 +87,7 @@ def index_fill(y, x, dim, index, value):
 def scatter_add(y, x, dim, index, src):
     shape = src.shape
     return (
-        Derivative(lambda g: g, lambda t: t),
+        identity,
         None,
         None,
         Derivative(
@@ -98,7 +99,7 @@ def scatter_add(y, x, dim, index, src):
 @rule("scatter.src", "scatter.value")
 def scatter(y, x, dim, index, src):
     clear = lambda g: aten.scatter.value(g, dim, index, 0)
-    rest = Derivative(clear, clear)
+    rest = symmetric(clear)
     if not isinstance(src, torch.Tensor):
         return rest, None, None, None
     shape = src.shape
@@ -115,7 +116,7 @@ def scatter(y, x, dim, index, src):
 @rule("index_add")
 def index_add(y, x, dim, index, src, *, alpha=1):
     return (
-        Derivative(lambda g: g, lambda t: t),
+        identity,
         None,
         None,
         Derivative(
@@ -127,20 +128,10 @@ def index_add(y, x, dim, index, src, *, alpha=1):
 
 @rule("sort", "sort.stable")
 def sort(out, x, *args, **kwargs):
-    shape, order = x.shape, out[1]
     dim = kwargs.get("dim", next((a for a in args if type(a) is int), -1))
-    if not shape:
-        return Derivative(lambda gs: gs[0], lambda t: (t, None))
-    return Derivative(
-        lambda gs: gs[0].new_zeros(shape).scatter_(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
-    )
+    return selected(out, x, dim, keepdim=True)
 
 
 @rule("topk")
 def topk(out, x, k, dim=-1, largest=True, sorted=True):
-    shape, order = x.shape, out[1]
-    if not shape:
-        return Derivative(lambda gs: gs[0], lambda t: (t, None))
-    return Derivative(
-        lambda gs: gs[0].new_zeros(shape).scatter_(dim, order, gs[0]), lambda t: (t.gather(dim, order), None)
-    )
+    return selected(out, x, dim, keepdim=True)

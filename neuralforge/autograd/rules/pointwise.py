@@ -6,24 +6,24 @@ import math
 
 import torch
 
-from .table import Derivative, aten, conj, diagonal, linear, nondifferentiable, rule
+from .table import Derivative, aten, conj, diagonal, identity, linear, nondifferentiable, rule, symmetric
 
 # ---- arithmetic
 
 
 @rule("add")
 def add(y, a, b, *, alpha=1):
-    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, alpha), lambda t: _scale(t, conj(alpha)))
+    return identity, Derivative(lambda g: _scale(g, alpha), lambda t: _scale(t, conj(alpha)))
 
 
 @rule("sub")
 def sub(y, a, b, *, alpha=1):
-    return Derivative(lambda g: g, lambda t: t), Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -conj(alpha)))
+    return identity, Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -conj(alpha)))
 
 
 @rule("rsub")
 def rsub(y, a, b, alpha=1):
-    return Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -conj(alpha))), Derivative(lambda g: g, lambda t: t)
+    return Derivative(lambda g: _scale(g, -alpha), lambda t: _scale(t, -conj(alpha))), identity
 
 
 def _scale(x, factor):
@@ -119,8 +119,7 @@ def _logistic(a, b):
 
 @rule("logit")
 def logit(y, x, eps=None):
-    slope = lambda g: aten.logit_backward(g, x, eps)
-    return Derivative(slope, slope)
+    return symmetric(lambda g: aten.logit_backward(g, x, eps))
 
 
 @rule("exp")
@@ -239,11 +238,11 @@ def sgn(y, x):
     if not x.is_complex():
         return None
 
-    def across(t):  # what of a change is across the number, by its size; symmetric, so also the adjoint
+    def across(t):  # what of a change is across the number, by its size
         size = x.abs()
         return torch.where(x == 0, 0, (t - y * torch.real(conj(y) * t)) / torch.where(size == 0, 1, size))
 
-    return Derivative(across, across)
+    return symmetric(across)
 
 
 @rule("angle")
@@ -256,12 +255,12 @@ def angle(y, x):
 
 @rule("remainder")
 def remainder(y, a, b):
-    return Derivative(lambda g: g, lambda t: t), diagonal(lambda: -(a / b).floor())
+    return identity, diagonal(lambda: -(a / b).floor())
 
 
 @rule("fmod")
 def fmod(y, a, b):
-    return Derivative(lambda g: g, lambda t: t), diagonal(lambda: -(a / b).trunc())
+    return identity, diagonal(lambda: -(a / b).trunc())
 
 
 @rule("nextafter")
@@ -287,12 +286,12 @@ def copy(y, x, *args, **kwargs):
 
 @rule("copy")
 def copy_into(y, x, source, non_blocking=False):
-    return None, Derivative(lambda g: g, lambda t: t)
+    return None, identity
 
 
 @rule("fill.Tensor")
 def fill(y, x, value):
-    return None, Derivative(lambda g: g, lambda t: t)
+    return None, identity
 
 
 nondifferentiable(

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .table import Derivative, aten, conj, definition, linear, rule
+from .table import Derivative, aten, conj, definition, identity, linear, rule
 
 
 def keep_dims(x, dim, keepdim, ndim):
@@ -69,28 +69,25 @@ def amax(y, x, dim=(), keepdim=False):
     )
 
 
-@rule("kthvalue")
-def kthvalue(out, x, k, dim=-1, keepdim=False):
-    return select_extreme(out, x, dim, keepdim)
-
-
 @rule("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode")
-def select_extreme(out, x, dim=-1, keepdim=False):
-    index, shape = out[1], x.shape
+def selected(out, x, dim=-1, keepdim=False, scatter=torch.Tensor.scatter_):
+    """Of operators that select elements along `dim`, each once, and give their indices too."""
+    index, shape = keep_dims(out[1], dim, keepdim, x.dim()), x.shape
     if not shape:
         return Derivative(lambda gs: gs[0], lambda t: (t, None))
 
-    def vjp(gs):
-        if gs[0] is None:
-            return None
-        g = keep_dims(gs[0], dim, keepdim, len(shape))
-        return g.new_zeros(shape).scatter_add_(dim, keep_dims(index, dim, keepdim, len(shape)), g)
-
     def jvp(t):
-        picked = t.gather(dim, keep_dims(index, dim, keepdim, len(shape)))
-        return (picked if keepdim else picked.squeeze(dim)), None
+        t = t.gather(dim, index)
+        return (t if keepdim else t.squeeze(dim)), None
 
-    return Derivative(vjp, jvp)
+    return Derivative(
+        lambda gs: scatter(gs[0].new_zeros(shape), dim, index, keep_dims(gs[0], dim, keepdim, len(shape))), jvp
+    )
+
+
+@rule("kthvalue")
+def kthvalue(out, x, k, dim=-1, keepdim=False):
+    return selected(out, x, dim, keepdim)
 
 
 @rule("max", "min", "median", "nanmedian")
@@ -169,12 +166,7 @@ def log_softmax(y, x, dim, half_to_float=False):
 
 @rule("cummax", "cummin")
 def cummax(out, x, dim):
-    index, shape = out[1], x.shape
-    if not shape:
-        return Derivative(lambda gs: gs[0], lambda t: (t, None))
-    return Derivative(
-        lambda gs: gs[0].new_zeros(shape).scatter_add_(dim, index, gs[0]), lambda t: (t.gather(dim, index), None)
-    )
+    return selected(out, x, dim, True, torch.Tensor.scatter_add_)  # an element may be selected many times
 
 
 @definition("logcumsumexp")
@@ -202,7 +194,7 @@ def cumprod(y, x, dim, *, dtype=None):
     # Of y_i = x_i y_(i-1), exact where elements are zero: the cotangents s_i = g_i + x_(i+1) s_(i+1) of the products, the
     # tangents t_i = x_i t_(i-1) + dx_i y_(i-1).
     if x.dim() == 0:
-        return Derivative(lambda g: g, lambda t: t)
+        return identity
     shifted = lambda v, by, fill: _shifted(v, by, fill, dim)
     return Derivative(
         lambda g: _recurrence(conj(shifted(x, 1, 0)), g, 1, dim) * conj(shifted(y, -1, 1)),
@@ -242,7 +234,7 @@ def prod(y, x, dim=None, keepdim=False, *, dtype=None):
         return found.reshape(x.shape) if dim is None else found.movedim(-1, dim)
 
     if x.dim() == 0:
-        return Derivative(lambda g: g, lambda t: t)
+        return identity
     return Derivative(
         lambda g: keep_dims(g, dim, keepdim, x.dim()) * conj(others()), lambda t: _sum(t * others(), dim, keepdim)
     )

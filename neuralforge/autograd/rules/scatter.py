@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .table import Derivative, aten, conj, definition, linear, rule
+from .table import Derivative, aten, conj, definition, linear, rule, symmetric
 
 
 def crop(x, shape):
@@ -147,7 +147,7 @@ def masked_scatter(y, x, mask, source):
         return g.new_zeros(shape.numel()).index_add(0, order, g).reshape(shape)
 
     return (
-        Derivative(clear, clear),
+        symmetric(clear),
         None,
         Derivative(pull_source, lambda t: torch.zeros_like(y).masked_scatter(mask, t)),
     )
@@ -167,7 +167,7 @@ def put(y, x, index, source, accumulate=False):
     shape = source.shape
     clear = lambda g: g if accumulate else g.put(index, g.new_zeros(shape))
     return (
-        Derivative(clear, clear),
+        symmetric(clear),
         None,
         Derivative(
             lambda g: g.take(index).reshape(shape), lambda t: torch.zeros_like(y).put(index, t, accumulate)
@@ -216,6 +216,6 @@ def as_strided_scatter(y, x, src, size, stride, storage_offset=None):
     place = lambda base, s: base.reshape(-1).index_put([index.reshape(-1)], s.reshape(-1)).reshape(base.shape)
     clear = lambda g: place(g, g.new_zeros(size))
     return (
-        Derivative(clear, clear),
+        symmetric(clear),
         Derivative(lambda g: g.take(index), lambda t: place(torch.zeros_like(y), t)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .table import Derivative, aten, conj, linear, rule
+from .table import Derivative, aten, conj, linear, rule, symmetric
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze")
@@ -76,18 +76,20 @@ def diagonal_backward(y, g, sizes, offset, dim1, dim2):
 def slice_scatter(y, x, src, dim=0, start=None, end=None, step=1):
     shape = src.shape
     return (
-        _affine(lambda g: aten.slice_scatter(g, g.new_zeros(shape), dim, start, end, step)),
-        _part(lambda g: aten.slice.Tensor(g, dim, start, end, step),
-              lambda t: aten.slice_scatter(torch.zeros_like(y), t, dim, start, end, step)),
-    )  # fmt: skip
+        symmetric(lambda g: aten.slice_scatter(g, g.new_zeros(shape), dim, start, end, step)),
+        Derivative(
+            lambda g: aten.slice.Tensor(g, dim, start, end, step),
+            lambda t: aten.slice_scatter(torch.zeros_like(y), t, dim, start, end, step),
+        ),
+    )
 
 
 @rule("select_scatter")
 def select_scatter(y, x, src, dim, index):
     shape = src.shape
     return (
-        _affine(lambda g: aten.select_scatter(g, g.new_zeros(shape), dim, index)),
-        _part(lambda g: g.select(dim, index), lambda t: aten.select_scatter(torch.zeros_like(y), t, dim, index)),
+        symmetric(lambda g: aten.select_scatter(g, g.new_zeros(shape), dim, index)),
+        Derivative(lambda g: g.select(dim, index), lambda t: aten.select_scatter(torch.zeros_like(y), t, dim, index)),
     )
 
 
@@ -95,19 +97,12 @@ def select_scatter(y, x, src, dim, index):
 def diagonal_scatter(y, x, src, offset=0, dim1=0, dim2=1):
     shape = src.shape
     return (
-        _affine(lambda g: aten.diagonal_scatter(g, g.new_zeros(shape), offset, dim1, dim2)),
-        _part(lambda g: g.diagonal(offset, dim1, dim2),
-              lambda t: aten.diagonal_scatter(torch.zeros_like(y), t, offset, dim1, dim2)),
-    )  # fmt: skip
-
-
-def _affine(mask):
-    """The overwritten tensor: its cotangent and its tangent both lose the overwritten part."""
-    return Derivative(mask, mask)
-
-
-def _part(vjp, jvp):
-    return Derivative(vjp, jvp)
+        symmetric(lambda g: aten.diagonal_scatter(g, g.new_zeros(shape), offset, dim1, dim2)),
+        Derivative(
+            lambda g: g.diagonal(offset, dim1, dim2),
+            lambda t: aten.diagonal_scatter(torch.zeros_like(y), t, offset, dim1, dim2),
+        ),
+    )
 
 
 @rule("cat")
@@ -188,7 +183,7 @@ def repeat(y, x, repeats):
 
 @rule("_conj", "_conj_physical", "conj_physical", "resolve_conj")
 def _conj(y, x):
-    return Derivative(conj, conj)
+    return symmetric(conj)
 
 
 @rule("view_as_real")

@@ -118,6 +118,14 @@ def linear(vjp: Callable[[Any], Any]) -> Derivative:
     return Derivative(vjp)
 
 
+def symmetric(derivative: Callable[[Any], Any]) -> Derivative:
+    """An operator whose derivative, a map of cotangents and tangents alike, is its own adjoint: a mask, a real factor."""
+    return Derivative(derivative, derivative)
+
+
+identity = symmetric(lambda g: g)
+
+
 def conj(x: Any) -> Any:
     """The complex conjugate, of a tensor or number; a real one unchanged."""
     if isinstance(x, torch.Tensor):
