@@ -23,8 +23,8 @@ from rich.progress import (
 
 from ..bench import Peak, peak_flops
 from ..data import Dataset
-from ..files import write_atomic
 from ..errors import KernelError
+from ..files import write_atomic
 from ..models import ModelConfig
 from .config import Config
 from .pictures import picture

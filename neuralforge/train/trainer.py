@@ -17,8 +17,8 @@ import torch
 from .. import optim, resilience
 from ..compiler import jit
 from ..data import Dataset, Sampler, Tokenizer, bigram_loss, prepare, validation_batches
-from ..files import write_atomic
 from ..errors import CheckpointError
+from ..files import write_atomic
 from ..models import build, generate
 from .config import Config, dump, load
 from .report import Report, draw_curve, print_plan, product_peak

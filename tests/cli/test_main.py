@@ -1,12 +1,14 @@
 """The command line: help without torch, unknown words, errors as one paragraph with exit code 2."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from neuralforge.cli.main import main
+from neuralforge.cli.main import VERBS, main
 
 RUN = [sys.executable, "-m", "neuralforge.cli"]
 
@@ -16,6 +18,11 @@ def test_help_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: neuralforge VERB" in done.stdout and "--train.steps=" in done.stdout
+
+
+def test_the_readme_lists_every_verb():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert re.findall(r"^\| `neuralforge (\w+)`", readme, re.MULTILINE) == list(VERBS)
 
 
 @pytest.mark.parametrize(
