@@ -16,20 +16,18 @@ from torch.utils.flop_counter import flop_registry
 from ..compiler.attention import attention_flops
 from ..compiler.buckets import Bucketed
 from ..compiler.compiled import Compiled
-from ..compiler.cost import cost, total
+from ..compiler.cost import additions, cost, total
 from ..compiler.fuse import Fused
 from ..compiler.jit import Jit
 from ..compiler.kernels import destination_kernel
 from ..compiler.passes.rewrites import Rewrite, Rewrites
 from ..compiler.pipeline import stages
 from ..compiler.plan import Plan, is_view
-from ..compiler.pointwise import price
 from ..compiler.reductions import role
 from ..errors import KernelError
 from ..graph import Graph, capture
 from ..graph.ir import Equation
-from ..kernels.toolchain import has_amx
-from .peak import bandwidth, peak_flops
+from .peak import arithmetic_peak, bandwidth, product_peak
 
 
 @dataclass
@@ -51,6 +49,11 @@ class Row:
     def intensity(self) -> float:
         """Operations for each byte moved."""
         return self.flops / max(self.bytes, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Measured, if it was."""
+        return self.predicted if self.measured is None else self.measured
 
 
 @dataclass
@@ -200,7 +203,7 @@ class Explanation:
 
     def _costliest(self, most: int = 12) -> list[str]:
         expected, seconds = self.seconds
-        told = f"{expected * 1e3:.2f} ms by the roofline of this machine (peak of products {product_peak() / 1e9:,.0f} GFLOP/s, {rates()[1] / 1e9:.1f} GB/s)"
+        told = f"{expected * 1e3:.2f} ms by the roofline of this machine (peak of products {product_peak().value / 1e9:,.0f} GFLOP/s, {bandwidth().value / 1e9:.1f} GB/s)"
         lines = [
             f"one call: {told}" + (f", {seconds * 1e3:.2f} ms measured" if seconds is not None else ""),
             "the costliest equations; FLOP/byte is the arithmetic intensity",
@@ -229,7 +232,7 @@ def changed(before: Graph, after: Graph) -> str:
 
 def ranked(rows: list[Row]) -> list[Row]:
     """Those that take longest first, by measured times if there are any."""
-    return sorted(rows, key=lambda row: -(row.predicted if row.measured is None else row.measured))
+    return sorted(rows, key=lambda row: -row.seconds)
 
 
 def why(eq: Equation, limited: bool = False) -> str:
@@ -249,22 +252,6 @@ def why(eq: Equation, limited: bool = False) -> str:
     )
 
 
-def rates(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Measured peak (operations each second, multiply-adds in that type) and bandwidth (bytes each second)."""
-    name = {torch.float64: "float64", torch.bfloat16: "bfloat16"}.get(dtype, "float32")
-    try:
-        return peak_flops(name).value, bandwidth().value
-    except KernelError:  # no bfloat16 arithmetic: computed in float32
-        return peak_flops().value, bandwidth().value
-
-
-def product_peak(dtype: torch.dtype = torch.float32) -> float:
-    """Operations each second of products in that type. Where tiles multiply float32, each product is six of bfloat16
-    (`kernels/matmul/tiles.h`)."""
-    peak = rates(dtype)[0]
-    return max(peak, rates(torch.bfloat16)[0] / 6) if dtype == torch.float32 and has_amx() else peak
-
-
 def multiplied(eq: Equation) -> torch.dtype:
     """In which type it computes: that of the factors, if it is a product with others joined to it."""
     while hasattr(eq.op, "product"):
@@ -275,12 +262,9 @@ def multiplied(eq: Equation) -> torch.dtype:
 def predicted(eq: Equation) -> float:
     """Seconds by the roofline: as long as its arithmetic takes at the measured peak or its memory traffic at the measured
     bandwidth, whichever is longer. Data that a cache holds moves faster than that."""
-    c = cost(eq)
-    dtype = multiplied(eq)
-    peak, stream = rates(dtype)
-    if isinstance(eq.op, Fused):  # few of its operations are multiply-adds, and some cost many additions
-        work = sum(
-            price(e) * max((v.fake.numel() for v in e.results), default=0) for e in eq.op.graph.equations
-        )
-        return max(work / (peak / 2), c.bytes / stream)
-    return max(c.flops / product_peak(dtype), c.bytes / stream)
+    c, dtype = cost(eq), multiplied(eq)
+    if isinstance(eq.op, Fused):
+        arithmetic = additions(eq.op.graph) / (arithmetic_peak(dtype).value / 2)
+    else:
+        arithmetic = c.flops / product_peak(dtype).value
+    return max(arithmetic, c.bytes / bandwidth().value)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..compiler.cost import total
 from ..kernels.toolchain import cpu_model
+from .peak import bandwidth, product_peak
 
 if TYPE_CHECKING:
     from .explain import Explanation, Row
@@ -35,9 +36,7 @@ pre { overflow-x: auto; font-size: 12px; border: 1px solid var(--line); padding:
 
 def render(told: Explanation) -> str:
     """The page as text."""
-    from .explain import product_peak, rates
-
-    peak, (_, stream), (predicted, measured) = product_peak(), rates(), told.seconds
+    peak, stream, (predicted, measured) = product_peak().value, bandwidth().value, told.seconds
     c, plan = total(told.graph), told.plan
     facts = [
         f"{len(told.rows)} equations, {c.flops / 1e9:,.2f} GFLOP, {c.bytes / 1e6:,.1f} MB moved",
@@ -118,15 +117,11 @@ def memory(told: Explanation) -> str:
     return svg(HEIGHT, "memory in use at each equation", shapes())
 
 
-def time_of(row: Row) -> float:
-    return row.predicted if row.measured is None else row.measured
-
-
 def bars(rows: list[Row]) -> str:
     from .explain import ranked
 
     shown = ranked(rows)[:BARS]
-    longest = max([*(time_of(r) for r in shown), *(r.predicted for r in shown), 1e-9])
+    longest = max([*(r.seconds for r in shown), *(r.predicted for r in shown), 1e-9])
     label, step = 330, 20
     x = lambda seconds: (WIDTH - label - 70) * seconds / longest
 
@@ -141,10 +136,10 @@ def bars(rows: list[Row]) -> str:
                 "end",
                 "strong",
             )
-            yield f'<rect x="{label}" y="{y + 2}" width="{max(x(time_of(row)), 0.5):.1f}" height="13" class="f{COLOURS.get(row.runs, "d")}"/>'
+            yield f'<rect x="{label}" y="{y + 2}" width="{max(x(row.seconds), 0.5):.1f}" height="13" class="f{COLOURS.get(row.runs, "d")}"/>'
             yield f'<rect x="{label}" y="{y + 2}" width="{max(x(row.predicted), 0.5):.1f}" height="13" class="ghost"/>'
             yield text(
-                label + max(x(time_of(row)), x(row.predicted)) + 6, y + 12, f"{time_of(row) * 1e3:,.3f} ms"
+                label + max(x(row.seconds), x(row.predicted)) + 6, y + 12, f"{row.seconds * 1e3:,.3f} ms"
             )
             yield "</g>"
 
@@ -154,7 +149,7 @@ def bars(rows: list[Row]) -> str:
 def roofline(rows: list[Row], peak: float, stream: float) -> str:
     """Operations per second against operations per byte, both on logarithmic scales, below what the machine can do."""
     points = [
-        (row, row.intensity, row.flops / time_of(row)) for row in rows if row.flops and time_of(row) > 0
+        (row, row.intensity, row.flops / row.seconds) for row in rows if row.flops and row.seconds > 0
     ]
     lowest = min([rate for _, _, rate in points], default=peak / 1000)
     x0, x1 = -2.0, math.ceil(math.log10(max([1000, *(i for _, i, _ in points)])))
@@ -177,9 +172,9 @@ def roofline(rows: list[Row], peak: float, stream: float) -> str:
         yield text(WIDTH - 12, y(peak) - 6, f"{peak / 1e9:,.0f} GFLOP/s", "end", "strong")
         yield text(LEFT + 4, 22, "GFLOP/s")
         yield text(WIDTH - 10, high - 6, "operations per byte moved", "end")
-        longest = max([time_of(row) for row, *_ in points], default=1)
-        for row, intensity, rate in sorted(points, key=lambda p: -time_of(p[0])):
-            radius = 2.5 + 11 * math.sqrt(time_of(row) / longest)
+        longest = max([row.seconds for row, *_ in points], default=1)
+        for row, intensity, rate in sorted(points, key=lambda p: -p[0].seconds):
+            radius = 2.5 + 11 * math.sqrt(row.seconds / longest)
             place = f'cx="{x(min(max(intensity, 10**x0), 10**x1)):.1f}" cy="{y(max(rate, 10**y0)):.1f}" r="{radius:.1f}"'
             yield f'<circle {place} class="f{COLOURS.get(row.runs, "d")}" fill-opacity=".55"><title>{escape(tip(row))}</title></circle>'
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from ..errors import KernelError
-from ..kernels.toolchain import ISA_FLAGS, amx_granted, best_isa, cpu_features, load
+from ..kernels.toolchain import ISA_FLAGS, amx_granted, best_isa, cpu_features, has_amx, load
 
 # Enough independent chains to fill the pipelines: 2 units times a latency of 4 cycles, and some.
 CHAINS = 12
@@ -61,6 +61,23 @@ def peak_flops(dtype: str = "float32", threads: int | None = None) -> Peak:
         seconds = min(seconds, library.run(count, threads, n % 2))
     what = "AMX tile products" if amx else "multiply-adds"
     return Peak(flops * count * threads / seconds, f"{what} on registers, {threads} threads")
+
+
+def arithmetic_peak(dtype: torch.dtype = torch.float32) -> Peak:
+    """`peak_flops` of the type that `dtype` is computed in, which is float32 where there is no arithmetic of its own."""
+    try:
+        return peak_flops({torch.float64: "float64", torch.bfloat16: "bfloat16"}.get(dtype, "float32"))
+    except KernelError:
+        return peak_flops()
+
+
+def product_peak(dtype: torch.dtype = torch.float32) -> Peak:
+    """The peak of matrix products. Where tiles multiply float32, each product is six of bfloat16 (`kernels/matmul/tiles.h`)."""
+    best = arithmetic_peak(dtype)
+    if dtype == torch.float32 and has_amx():
+        tiles = peak_flops("bfloat16")
+        best = max(best, Peak(tiles.value / 6, f"{tiles.how}, six of which are one of float32"), key=lambda peak: peak.value)
+    return best
 
 
 def _source(dtype: str, amx: bool = False) -> str:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import flop_registry
 from ..graph.ir import Equation, Graph, Value, map_tree
 from .attention import attention_flops
 from .plan import is_view
+from .pointwise import price
 
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.neuralforge.embedding.default}
 
@@ -54,6 +55,12 @@ def cost(eq: Equation) -> Cost:
     if hasattr(eq.op, "graph"):
         return Cost(total(eq.op.graph).flops, moved)
     return Cost(max((v.fake.numel() for v in (*eq.inputs, *eq.results)), default=0), moved)
+
+
+def additions(group: Graph) -> int:
+    """How many additions take as long as the arithmetic of a fused group: few of its operations are multiply-adds, and some
+    cost many additions."""
+    return sum(price(eq) * max((v.fake.numel() for v in eq.results), default=0) for eq in group.equations)
 
 
 def total(graph: Graph) -> Cost:

@@ -19,11 +19,10 @@ from ..graph import Graph, verify
 from ..graph.ir import Equation, Value, map_tree, substitute
 from ..graph.operators import draws
 from .again import results_apart
-from .cost import cost
+from .cost import additions, cost
 from .fuse import Fused
 from .kernels import Kernel, unbuilt
 from .plan import Plan, is_view, plan_memory, root_of
-from .pointwise import price
 
 FLOPS, BANDWIDTH = 2e11, 2e10
 """Rough rates that weigh arithmetic against memory traffic."""
@@ -208,7 +207,6 @@ class _Search:
 
 def _seconds(eq: Equation) -> float:
     c = cost(eq)
-    if isinstance(eq.op, Fused):  # few of its operations are multiply-adds, and some cost many additions
-        work = sum(price(e) * max((v.fake.numel() for v in e.results), default=0) for e in eq.op.graph.equations)
-        return max(work / (FLOPS / 2), c.bytes / BANDWIDTH) + CALL
+    if isinstance(eq.op, Fused):
+        return max(additions(eq.op.graph) / (FLOPS / 2), c.bytes / BANDWIDTH) + CALL
     return c.flops / FLOPS + c.bytes / BANDWIDTH + CALL

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,13 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..bench import Peak, peak_flops
+from ..bench import product_peak
 from ..data import Dataset
-from ..errors import KernelError
 from ..files import write_atomic
 from ..models import ModelConfig
 from .config import Config
 from .pictures import picture
+from .step import DTYPES
 
 
 class Report:
@@ -151,20 +152,12 @@ def draw_curve(out: Path) -> None:
         axes.set(xlabel="step", ylabel="loss (nats per token)")
 
 
-def product_peak(precision: str) -> Peak:
-    """The machine's for products of `train.precision`; in fp32 where it has no arithmetic for less."""
-    try:
-        return peak_flops("bfloat16" if precision == "bf16" else "float32")
-    except KernelError:
-        return peak_flops()
-
-
 def print_plan(config: Config) -> None:
     """What a run would do, without doing it: model, work, and time at half of the measured peak."""
     model, train = config.model_config(), config.train
     tokens = train.batch * train.accumulate * config.model.context
     flops = tokens * model.flops_per_token()
-    peak = product_peak(train.precision)
+    peak = product_peak(DTYPES[train.precision] or torch.float32)
     print(f"model       {model}")
     print(f"parameters  {model.parameter_count():,}")
     print(f"step        {tokens:,} tokens, {flops / 1e9:,.1f} GFLOP, {flops / peak.value:.3f} s at the measured peak of "

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from .. import optim, resilience
+from ..bench import product_peak
 from ..compiler import jit
 from ..data import Dataset, Sampler, Tokenizer, bigram_loss, prepare, validation_batches
 from ..errors import CheckpointError
 from ..files import write_atomic
 from ..models import build, generate
 from .config import Config, dump, load
-from .report import Report, draw_curve, print_plan, product_peak
+from .report import Report, draw_curve, print_plan
 from .schedule import make_plateau, make_schedule
-from .step import State, curvature_due, make_optimizer, make_step, weights
+from .step import DTYPES, State, curvature_due, make_optimizer, make_step, weights
 
 
 def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
@@ -58,7 +59,7 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
 
     write_start(out, config, dataset)  # all that could be wrong has been looked at
     baseline = bigram_loss(dataset.train, dataset.valid, model_config.vocab_size)
-    report.start(done, model_config, dataset, baseline, product_peak(train.precision).value)
+    report.start(done, model_config, dataset, baseline, product_peak(DTYPES[train.precision] or torch.float32).value)
 
     def validate() -> float:
         model.eval()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.bench.explain import product_peak, rates
+from neuralforge.bench import bandwidth, peak_flops, product_peak
 from neuralforge.cli import main
 from neuralforge.errors import NeuralForgeError
 
@@ -38,8 +38,8 @@ def test_costs(told):
     product = next(row for row in told.rows if row.name == "aten.mm")
     moved = 4 * (200 * 300 + 300 * 40 + 200 * 40)
     assert (product.flops, product.bytes) == (2 * 200 * 300 * 40, moved)
-    peak, (flops, stream) = product_peak(), rates()
-    assert peak >= flops
+    peak, stream = product_peak().value, bandwidth().value
+    assert peak >= peak_flops().value
     assert product.predicted == max(product.flops / peak, moved / stream)
     assert product.intensity == product.flops / moved and "product" in product.why
     fused = [row for row in told.rows if row.name.startswith("fused")]

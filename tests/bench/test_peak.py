@@ -78,6 +78,28 @@ def test_amx():
     assert torch.allclose((a @ b).float(), a.float() @ b.float(), atol=0.5, rtol=0.02)
 
 
+def test_peak_of_products(monkeypatch):
+    """bfloat16 that the CPU lacks is computed in float32; six products of tiles are one of float32."""
+    known = {"float32": peak.Peak(3.0, "vectors"), "float64": peak.Peak(1.5, "vectors")}
+
+    def measured(dtype="float32"):
+        if dtype not in known:
+            raise KernelError("no such instructions")
+        return known[dtype]
+
+    monkeypatch.setattr(peak, "peak_flops", measured)
+    monkeypatch.setattr(peak, "has_amx", lambda: False)
+    values = lambda: [peak.product_peak(getattr(torch, name)).value for name in ("float32", "float64", "bfloat16")]
+    assert values() == [3.0, 1.5, 3.0]
+    known["bfloat16"] = peak.Peak(6.0, "vectors")
+    assert values() == [3.0, 1.5, 6.0]
+    known["bfloat16"] = peak.Peak(24.0, "tiles")
+    monkeypatch.setattr(peak, "has_amx", lambda: True)
+    assert values() == [4.0, 1.5, 24.0] and peak.product_peak().how == "tiles, six of which are one of float32"
+    known["bfloat16"] = peak.Peak(12.0, "tiles")
+    assert values() == [3.0, 1.5, 12.0] and peak.product_peak().how == "vectors"
+
+
 def test_wrong_arguments():
     with pytest.raises(KernelError, match="'float8'; expected float32, float64 or bfloat16"):
         peak_flops("float8")
