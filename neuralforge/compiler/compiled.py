@@ -66,6 +66,11 @@ class Compiled:
         self.program = Program(graph, kernels, given, arena)
         self._apart: list[int] | None = None  # where the tensors of a call lay that don't overlap
 
+    @property
+    def outside(self) -> list[torch.Tensor]:
+        """The tensors that it closes over, and constants of its own."""
+        return [*self.graph.constants.values(), *self.closed]
+
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         given = tensors
         if any(map(torch.Tensor.is_neg, tensors)):  # kernels read memory, where such a view isn't negated yet

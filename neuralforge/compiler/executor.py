@@ -38,6 +38,7 @@ class Program:
         writer = _Writer(self.graph, self.plan, self.kernels, memory)
         self.source, self._namespace = writer.write()
         self._equations = writer.equations
+        self._viewed = [(t, t.data_ptr()) for t in writer.viewed]
         self._run = self._defined(self.source)
 
     def release(self) -> None:
@@ -50,7 +51,7 @@ class Program:
 
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
         with self.arena.lock, _as_captured():
-            if self._run is None:
+            if self._run is None or any([t.data_ptr() != at for t, at in self._viewed]):
                 self._bind()
             return self._run(*tensors)
 
@@ -68,7 +69,7 @@ class Program:
 
         laps = [text for n, line in enumerate(lines) for text in (line, f"    lap({n})")]
         with self.arena.lock, _as_captured():
-            if self._run is None:
+            if self._run is None or any([t.data_ptr() != at for t, at in self._viewed]):
                 self._bind()
             self._namespace["lap"] = lap
             run = self._defined("\n".join([head, *laps, last]))
@@ -95,6 +96,7 @@ class _Writer:
         self.static: dict[Value, torch.Tensor] = dict(graph.constants)
         for value, buffer in plan.buffers.items():
             self.static[value] = empty_like(value, arena, buffer.offset + plan.within.get(value, 0))
+        self.viewed: list[torch.Tensor] = []  # constants whose views are made here, once
         self.lines: list[str] = []
         self.equations: list[Equation | None] = []
 
@@ -106,6 +108,8 @@ class _Writer:
             if is_view(eq) and isinstance(eq.args[0], Value) and eq.args[0] in self.static:
                 out = eq.op(*_resolve(eq.args, self.static), **eq.kwargs)
                 self.static.update(zip(eq.results, out if isinstance(out, (tuple, list)) else [out]))
+                if eq.args[0] in graph.constants:
+                    self.viewed.append(graph.constants[eq.args[0]])
                 continue
             if eq in plan.in_place:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -35,13 +35,14 @@ class Form:
     program: Any
     modules: tuple[nn.Module, ...]
     training: list[bool]
+    outside: Outside
     call: Call | None = None
     """What calls of it look like."""
     cuts: dict[Any, list[tuple[int, int, int]]] = field(default_factory=dict)
     """How to cut its results, for each pattern of padded lengths that it was tried with (`buckets.py`)."""
 
     def holds(self) -> bool:
-        return [module.training for module in self.modules] == self.training
+        return [module.training for module in self.modules] == self.training and self.outside.holds()
 
 
 class Jit:
@@ -142,7 +143,7 @@ class Jit:
         return None
 
     def _remember(self, key: Any, program: Any, modules: dict[nn.Module, None]) -> Form:
-        form = Form(program, tuple(modules), [module.training for module in modules])
+        form = Form(program, tuple(modules), [m.training for m in modules], Outside(program.outside, modules))
         others = [other for other in self._forms.get(key, ()) if not other.holds()]
         self._forms[key] = [form, *others]
         self._forms.move_to_end(key)
@@ -178,8 +179,7 @@ class Call:
         self.tree, self.surroundings = tree, _surroundings()
         tensors, self.static = _parted(leaves)
         self.count = len(tensors)
-        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        self.alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self.alike = _alike(tensors)
 
     def tensors(self, leaves: list, tree: Any) -> list[torch.Tensor] | None:
         """The tensors among the leaves, if everything is as it was."""
@@ -187,6 +187,27 @@ class Call:
             return None
         tensors, static = _parted(leaves)
         return tensors if static == self.static and len(tensors) == self.count and self.alike(*tensors) else None
+
+
+class Outside:
+    """The tensors that a form closes over, with the layouts that it was captured for (`x.data = y` changes them), and where the
+    modules that ran keep them (`load_state_dict(assign=True)` puts others there)."""
+
+    def __init__(self, tensors: list[torch.Tensor], modules: Iterable[nn.Module]):
+        self.tensors, self.alike, known = tensors, _alike(tensors), set(map(id, tensors))
+        kept = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
+        self.places = [(where, name, t) for where in kept for name, t in where.items() if id(t) in known]
+
+    def holds(self) -> bool:
+        return self.alike(*self.tensors) and all([where.get(name) is t for where, name, t in self.places])
+
+
+def _alike(tensors: list[torch.Tensor]) -> Callable[..., bool]:
+    """Do other tensors look like these? Asked in C++."""
+    if not tensors:
+        return lambda: True
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def _parted(leaves: list) -> tuple[list[torch.Tensor], list[tuple]]:

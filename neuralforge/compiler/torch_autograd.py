@@ -114,6 +114,11 @@ class Differentiable:
         return tree_unflatten(list(Function.apply(self, *tensors, *self.hidden)), self.out_tree)
 
     @property
+    def outside(self) -> list[torch.Tensor]:
+        """The tensors that it closes over, and constants of its own."""
+        return [*self.hidden, *self.closed, *self.forward.outside, *self.backward.outside]
+
+    @property
     def stale(self) -> bool:
         """A tensor that the function closes over has come to require grad."""
         return closes_over_grad(self.forward) or closes_over_grad(self.backward)

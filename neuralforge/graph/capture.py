@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ class Capture(Tracer):
         self.graph = Graph()
         self.fake_mode = FakeMode()
         self._values: dict[int, Value] = {}  # id of a fake tensor -> its value, which keeps the tensor alive
-        self._constants: dict[int, Value] = {}
+        self._constants: dict[int, Value] = {}  # id of a tensor from outside -> its value
+        self._outside: list[torch.Tensor] = []  # keeps those alive
         self._partial: set[int] = set()  # storages of inputs that are views of larger tensors outside
         self._names = itertools.count()
         self._constants_only = False
@@ -148,9 +150,20 @@ class Capture(Tracer):
                 f"outlives that. It has no values: return what is needed outside from that function."
             )
         if id(x) not in self._constants:
-            value = self._constants[id(x)] = self._new(self._fake(x))
-            self.graph.constants[value] = x
+            self._constants[id(x)] = self._negated(x) if x.is_neg() else self._new(self._fake(x))
+            self._outside.append(x)
+            if not x.is_neg():
+                self.graph.constants[self._constants[id(x)]] = x
         return self._constants[id(x)]
+
+    def _negated(self, x: torch.Tensor) -> Value:
+        """A view from outside that is still to be negated, computed: kernels read memory."""
+        with _disable_current_modes():
+            memory = self.value(torch._neg_view(x))
+            with self.fake_mode:
+                value = self._new(aten.neg.default(memory.fake))
+        self.graph.equations.append(Equation(aten.neg.default, (memory,), {}, value, user_line(), origin()))
+        return value
 
     def check_external_write(self, x: torch.Tensor) -> None:
         if id(x) not in self._values and not self.writes:
@@ -206,6 +219,8 @@ def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) 
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
+    with _disable_current_modes():
+        generator = torch.get_rng_state()
     with _disable_current_modes(), gradient_mode.differentiating(), mode.fake_mode, mode:
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
@@ -221,6 +236,7 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
         out, out_tree = tree_flatten(result)
         out = [mode.now(leaf) for leaf in out]
         written = {id(t): (t, new) for t, new in mode.external_writes()}
+    _check_done(out, generator)
     tensors = [t for t in fakes if isinstance(t, torch.Tensor)]
     writes = [i for i, t in enumerate(tensors) if id(t) in written]
     given = [written.pop(id(tensors[i]))[1] for i in writes]
@@ -233,6 +249,25 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
                 f"same memory, which would not see the write. Use a clone of one of them, or pass it as an argument."
             )
     return Captured(mode.graph, out_tree, writes, closed)
+
+
+def _check_done(out: list, generator: torch.Tensor) -> None:
+    """Raises CaptureError if the function has left something for later, or done something to be done in every call, that no graph
+    can hold. `generator` is the state of torch's before."""
+    later = next((x for x in out if inspect.isgenerator(x) or inspect.iscoroutine(x) or inspect.isasyncgen(x)), None)
+    if later is not None:
+        raise CaptureError(
+            f"{user_line()}: the function returns a {type(later).__name__}, whose code would run after the graph was captured. Return "
+            f"what it yields, as a list."
+        )
+    with _disable_current_modes():
+        now = torch.get_rng_state()
+        seeded = not torch.equal(now, generator) and torch.equal(now, torch.Generator().manual_seed(torch.initial_seed()).get_state())
+    if seeded:
+        raise CaptureError(
+            f"{user_line()}: the function seeds torch's generator of random numbers, which a graph would not do in later calls. Seed it "
+            f"outside, or draw from nf.random with a key."
+        )
 
 
 _ASKS_FOR_DATA = (

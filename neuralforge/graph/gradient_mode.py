@@ -28,8 +28,9 @@ state = _State()
 @contextmanager
 def differentiating() -> Iterator[None]:
     """Around a function that is being differentiated: torch.autograd takes no part, and a `no_grad` outside doesn't reach
-    in. To the derivatives that were being taken outside of such a `no_grad`, all of this is constant (as to torch.func)."""
-    before, enabled = state.off, torch.is_grad_enabled()
+    in. To the derivatives that were being taken outside of such a `no_grad`, all of this is constant (as to torch.func).
+    nn.MultiheadAttention's fast path, which nobody can differentiate, isn't taken."""
+    before, enabled, fast = state.off, torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         if before:
             for mode in _get_current_dispatch_mode_stack():
@@ -37,9 +38,11 @@ def differentiating() -> Iterator[None]:
                     stack.enter_context(mode.constant())
         state.off = False
         torch._C._set_grad_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             state.off = before
             torch._C._set_grad_enabled(enabled)
 

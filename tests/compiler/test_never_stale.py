@@ -146,3 +146,61 @@ def test_lengths_share_kernels(kind, monkeypatch, tmp_path):
         for name, g in grads.items():
             assert torch.allclose(g, expected[name], rtol=1e-3, atol=1e-6), name
     assert builds == []
+
+
+def test_data_that_a_closed_over_tensor_is_given_later(captures):
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    jitted = nf.jit(lambda x: layer(x) + layer.weight.t().sum(0))
+    with torch.no_grad():
+        for n, data in enumerate([torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4).t(), torch.randn(8, 8)[::2, ::2]]):
+            layer.weight.data = data
+            for _ in range(2):
+                torch.testing.assert_close(jitted(x), layer(x) + layer.weight.t().sum(0))
+            assert len(captures) == max(1, n), "other memory is only looked up again; another layout is captured"
+    w = torch.randn(3)
+    jitted = nf.jit(lambda x: x * w)
+    jitted(torch.ones(3))
+    w.data = torch.tensor([1, 2, 3])
+    assert jitted(torch.ones(3)).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["closed over", "argument", "torch.autograd"])
+def test_parameters_and_buffers_that_are_replaced(captures, how):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
+    model.requires_grad_(how == "torch.autograd")
+    jitted = nf.jit(lambda m, x: m(x)) if how == "argument" else nf.jit(lambda x: model(x))
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        for _ in range(2):
+            torch.testing.assert_close(jitted(model, x) if how == "argument" else jitted(x), model(x))
+        state = {k: torch.rand_like(v) + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        model[0].weight = torch.nn.Parameter(torch.randn(4, 4), how == "torch.autograd")
+    if how == "torch.autograd":  # a function that asks for gradients is captured for itself and with its derivative
+        torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), model[0].weight)[0] for f in (jitted, model)))
+    else:
+        assert len(captures) == 3
+
+
+def test_closed_over_views_that_are_still_to_be_negated():
+    z = torch.randn(50, dtype=torch.complex64)
+    v = z.conj().imag
+    f, x = nf.jit(lambda x: x * v * 3 + v.t()), torch.randn(50)
+    assert v.is_neg() and torch.allclose(f(x), x * v * 3 + v)
+    z.mul_(2)
+    assert torch.allclose(f(x), x * v * 3 + v)
+
+
+def test_what_would_only_be_done_once_is_refused():
+    def numbers(x):
+        for n in range(3):
+            yield x * n
+
+    def seeded(x):
+        torch.manual_seed(3)
+        return x + torch.rand(2)
+
+    with pytest.raises(CaptureError, match="returns a generator.*as a list"):
+        nf.jit(numbers)(torch.ones(1))
+    with pytest.raises(CaptureError, match="seeds torch's generator.*outside"):
+        nf.jit(seeded)(torch.ones(2))
