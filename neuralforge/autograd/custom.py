@@ -21,7 +21,7 @@ from ..graph import gradient_mode
 from ..graph.capture import Capture
 from ..graph.source import user_line
 from ..graph.tracer import Tracer
-from ..graph.tree import tree_flatten, tree_map, tree_unflatten
+from ..graph.tree import leaves_like, tree_flatten, tree_map, tree_unflatten
 from .forward import Forward
 from .tape import Tape
 from .transforms import vjp
@@ -110,12 +110,12 @@ class custom_vjp:
         flat: list = []
         for cotangent, arg in zip(back, args):
             leaves, tree = tree_flatten(arg)
-            given = [None] * len(leaves) if cotangent is None else tree_flatten(cotangent)[0]
-            if len(given) != len(leaves):
+            try:
+                given = [None] * len(leaves) if cotangent is None else leaves_like(tree, cotangent)
+            except ValueError as e:
                 raise DifferentiationError(
-                    f"{line}: the backward rule of {self.__name__} returned a cotangent of {len(given)} leaves for an argument of "
-                    f"{len(leaves)}; they must have the same structure."
-                )
+                    f"{line}: the backward rule of {self.__name__} returned a cotangent of another structure than its argument's: {e}"
+                ) from e
             for g, x in zip(given, leaves):
                 if g is not None and isinstance(x, torch.Tensor) and g.shape != x.shape:
                     raise DifferentiationError(
@@ -202,11 +202,12 @@ class custom_jvp:
 
     def _tangents(self, outputs: list, moved: Any, out_tree: Any) -> list:
         """The tangent of each output leaf; None for what doesn't move."""
-        flat, tree = tree_flatten(moved)
-        if tree != out_tree:
+        try:
+            flat = leaves_like(out_tree, moved)
+        except ValueError as e:
             raise DifferentiationError(
-                f"{user_line()}: the rule of {self.__name__} returned tangents of structure {tree} for outputs of {out_tree}."
-            )
+                f"{user_line()}: the rule of {self.__name__} returned tangents of another structure than its outputs': {e}"
+            ) from e
         for y, t in zip(outputs, flat):
             if isinstance(t, torch.Tensor) and t.shape != y.shape:
                 raise DifferentiationError(

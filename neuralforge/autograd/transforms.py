@@ -15,7 +15,7 @@ import torch
 from ..errors import DifferentiationError
 from ..graph import gradient_mode
 from ..graph.source import user_line
-from ..graph.tree import tree_flatten, tree_map, tree_unflatten
+from ..graph.tree import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from .forward import Forward
 from .tape import Tape
 
@@ -93,11 +93,7 @@ def vjp(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     _, in_tree = tree_flatten(primals)
 
     def pullback(cotangent: Any) -> tuple:
-        flat, tree = tree_flatten(cotangent)
-        if tree != out_tree:
-            raise DifferentiationError(
-                f"{user_line()}: the cotangent's structure {tree} differs from the output's, {out_tree}."
-            )
+        flat = _like(out_tree, "cotangent", "output", cotangent)
         for g, y in zip(flat, flat_out):
             if isinstance(y, torch.Tensor) and isinstance(g, torch.Tensor) and g.shape != y.shape:
                 raise DifferentiationError(
@@ -120,9 +116,7 @@ def jvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
                 f"function. For a function of one argument write (x,)."
             )
     flat, tree = tree_flatten(tuple(primals))
-    moves, move_tree = tree_flatten(tuple(tangents))
-    if tree != move_tree:
-        raise DifferentiationError(f"{user_line()}: the tangents' structure {move_tree} differs from {tree}.")
+    moves = _like(tree, "tangents", "primals", tuple(tangents))
     forward = Forward()
     with gradient_mode.differentiating():
         with forward:
@@ -160,6 +154,14 @@ def hvp(f: Callable, primals: tuple, tangents: tuple) -> Any:
 def stop_gradient(tree: Any) -> Any:
     """The same tensors, constant to every derivative."""
     return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, tree)
+
+
+def _like(tree: TreeSpec, what: str, of: str, given: Any) -> list:
+    """The leaves of `given` in the order of `tree`, whatever that of a dictionary's keys is."""
+    try:
+        return leaves_like(tree, given)
+    except ValueError as e:
+        raise DifferentiationError(f"{user_line()}: the structure of the {what} differs from that of the {of}: {e}") from e
 
 
 def _watch(tape: Tape, args: Any) -> tuple[Any, list[torch.Tensor]]:

@@ -55,7 +55,8 @@ def vmap(f: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
         captured = capture(f, *tree_unflatten(examples, tree), whole=_may_be_differentiated())
         if captured.writes:
             raise CaptureError(f"{user_line()}: the function given to vmap writes in place to its arguments. Return new values.")
-        to = _broadcast_to_and_flatten(out_axes, captured.out_tree)
+        order = tree_unflatten([None] * captured.out_tree.num_leaves, captured.out_tree)
+        to = _broadcast_to_and_flatten(_in_order(out_axes, order), captured.out_tree)
         if to is None:
             raise CaptureError(f"{user_line()}: out_axes={out_axes} doesn't fit results of structure {captured.out_tree}.")
         if 0 in sizes:
@@ -178,11 +179,20 @@ def _none_of(y: Value) -> torch.Tensor:
     return torch.empty(0, *y.shape, dtype=y.dtype, device=y.device)
 
 
+def _in_order(axes: Any, like: Any) -> Any:
+    """Axes with the keys of dictionaries in the order of those in `like`."""
+    if isinstance(axes, dict) and isinstance(like, dict) and axes.keys() == like.keys():
+        return type(like)((key, _in_order(axes[key], like[key])) for key in like)
+    if type(axes) in (tuple, list) and isinstance(like, (tuple, list)) and len(axes) == len(like):
+        return type(axes)(_in_order(a, x) for a, x in zip(axes, like))
+    return axes
+
+
 def _axes(in_axes: Any, args: tuple, tree: Any) -> list[int | None]:
     """The axis of each leaf of the arguments."""
     if isinstance(in_axes, int):
         in_axes = tuple([in_axes] * len(args))
-    flat = _broadcast_to_and_flatten(tuple(in_axes), tree, is_leaf=lambda x: x is None)
+    flat = _broadcast_to_and_flatten(_in_order(tuple(in_axes), args), tree, is_leaf=lambda x: x is None)
     if flat is None or len(in_axes) != len(args):
         raise CaptureError(f"{user_line()}: in_axes={in_axes} doesn't fit {len(args)} arguments; give an entry for each.")
     leaves = tree_flatten(args)[0]

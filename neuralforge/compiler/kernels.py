@@ -139,11 +139,15 @@ def destination_kernel(eq: Equation) -> Kernel | None:
     return Kernel(run, lambda output, operand: torch.Tag.pointwise in eq.op.tags)
 
 
+_NOT_INTO_PARTS = {torch.ops.aten.linalg_qr.default}
+"""Operators whose `out=` in PyTorch 2.13 goes wrong where two destinations are parts of one memory."""
+
+
 @cache
 def out_overload(op: Any) -> tuple[Any, tuple[str, ...]] | None:
     """The `out=` twin of an operator and the names of its destinations, if it computes in place rather than copying
     from a temporary (the generated ones do)."""
-    if op.namespace != "aten" or operator_traits(op).is_view or operator_traits(op).written:
+    if op.namespace != "aten" or operator_traits(op).is_view or operator_traits(op).written or op in _NOT_INTO_PARTS:
         return None
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
     for overload in op.overloadpacket.overloads():

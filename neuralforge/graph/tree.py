@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._pytree import GetAttrKey, TreeSpec, tree_unflatten
 
-__all__ = ["TreeSpec", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_map", "tree_unflatten"]
+__all__ = ["TreeSpec", "leaves_like", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_map", "tree_unflatten"]
 
 
 def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list, TreeSpec]:
@@ -25,6 +25,17 @@ def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tup
 def tree_flatten_with_path(tree: Any) -> tuple[list, TreeSpec]:
     _learn(_pytree.tree_leaves(tree))
     return _pytree.tree_flatten_with_path(tree)
+
+
+def leaves_like(spec: TreeSpec, tree: Any) -> list:
+    """The leaves of a tree of this structure, in its order: dictionaries may have their keys in another. Raises ValueError for any
+    other structure."""
+    _learn(_pytree.tree_leaves(tree))
+    found = spec.flatten_up_to(tree)
+    more = next((x for x in found if not _pytree.tree_flatten(x)[1].is_leaf()), None)
+    if more is not None:
+        raise ValueError(f"a {type(more).__name__} where a leaf is expected")
+    return found
 
 
 def tree_leaves(tree: Any) -> list:

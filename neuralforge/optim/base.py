@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..graph.tree import tree_flatten, tree_map, tree_unflatten
+from ..errors import NeuralForgeError
+from ..graph.tree import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 Schedule = Callable[[torch.Tensor], torch.Tensor]
 """Learning rate by step: a function of the number of finished updates (an int64 scalar tensor)."""
@@ -28,7 +29,16 @@ class Optimizer(NamedTuple):
 
 def apply_updates(params: Any, updates: Any) -> Any:
     """`params + updates`, in the dtypes of the parameters."""
-    return tree_map(lambda p, u: (p + u).to(p.dtype), params, updates)
+    return tree_map(lambda p, u: None if p is None else (p + u).to(p.dtype), params, updates)
+
+
+def like_parameters(tree: TreeSpec, what: str, given: Any) -> list[torch.Tensor]:
+    """The leaves of `given` in the order of the parameters, whose structure is `tree`: a dictionary that comes from a file, say, has its
+    keys in another order. Raises NeuralForgeError where it isn't like them."""
+    try:
+        return leaves_like(tree, given)
+    except ValueError as e:
+        raise NeuralForgeError(f"an optimizer's {what} must be like its parameters, and are not: {e}") from e
 
 
 def chain(*optimizers: Optimizer) -> Optimizer:
@@ -67,15 +77,15 @@ def leaf_by_leaf(slots: dict[str, Callable[[torch.Tensor], torch.Tensor]], at: C
     The state is `step`, that number, and each slot as a pytree like the parameters."""
 
     def init(params: Any) -> dict[str, Any]:
-        params = tree_map(torch.Tensor.detach, params)
-        first = {name: tree_map(make, params) for name, make in slots.items()}
+        first = {name: tree_map(lambda p: None if p is None else make(p.detach()), params) for name, make in slots.items()}  # noqa: B023
         return {"step": torch.zeros((), dtype=torch.int64), **first}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **_: Any) -> tuple[Any, dict[str, Any]]:
         rule = at(state["step"])
         flat, tree = tree_flatten(params)
-        kept = (tree_flatten(state[name])[0] for name in slots)
-        results = [rule(*leaves) for leaves in zip(flat, tree_flatten(grads)[0], *kept, strict=True)]
+        columns = [flat, like_parameters(tree, "gradients", grads), *(like_parameters(tree, name, state[name]) for name in slots)]
+        nothing = (None,) * (1 + len(slots))  # where there is no parameter
+        results = [nothing if p is None else rule(p, *rest) for p, *rest in zip(*columns)]
         columns = [tree_unflatten(list(column), tree) for column in zip(*results)] or [params] * (1 + len(slots))
         return columns[0], {"step": state["step"] + 1, **dict(zip(slots, columns[1:]))}
 

@@ -13,10 +13,10 @@ from .checks import check
 
 def global_norm(tree: Any) -> torch.Tensor:
     """The Euclidean norm of all elements of a pytree together: a float32 scalar (float64 for float64 leaves)."""
-    leaves = tree_leaves(tree)
+    leaves = [x for x in tree_leaves(tree) if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in leaves) else torch.float32
     squares = [x.to(dtype).square().sum() for x in leaves]
-    return torch.stack(squares).sum().sqrt()
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=dtype)
 
 
 def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
@@ -24,7 +24,7 @@ def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
     torch.nn.utils.clip_grad_norm_ does (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063)."""
     norm = global_norm(grads)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return tree_map(lambda g: g * scale.to(g.dtype), grads), norm
+    return tree_map(lambda g: None if g is None else g * scale.to(g.dtype), grads), norm
 
 
 def clip_by_global_norm(max_norm: float) -> Optimizer:

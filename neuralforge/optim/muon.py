@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from ..graph.tree import tree_flatten, tree_map, tree_unflatten
-from .base import Optimizer, Schedule, learning_rate, zeros
+from .base import Optimizer, Schedule, learning_rate, like_parameters, zeros
 from .checks import check, is_at_least_0, is_rate, is_share
 from .groups import named_leaves
 
@@ -74,7 +74,8 @@ def muon(
         rate = learning_rate(lr, state["step"])
         tree = tree_flatten(params)[1]
         updates, new = [], []
-        for (name, p), g, m in zip(named_leaves(params).items(), tree_flatten(grads)[0], tree_flatten(state["m"])[0]):
+        kept = like_parameters(tree, "gradients", grads), like_parameters(tree, "m", state["m"])
+        for (name, p), g, m in zip(named_leaves(params).items(), *kept):
             m = m + (g - m) * (1 - momentum)
             direction = g + (m - g) * momentum if nesterov else m
             stacked = direction.unflatten(0, (parts(name, p), -1)) if p.shape[0] else direction[None]

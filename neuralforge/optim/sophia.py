@@ -18,7 +18,7 @@ from .. import random
 from ..autograd import grad, hvp
 from ..errors import ConfigError
 from ..graph.tree import tree_flatten, tree_map, tree_unflatten
-from .base import Optimizer, Schedule, learning_rate
+from .base import Optimizer, Schedule, learning_rate, like_parameters
 
 
 class Rule(NamedTuple):
@@ -98,9 +98,10 @@ def sophia(
         rate = learning_rate(lr, state["step"])
         unbias = 1 - beta1 ** step.to(torch.float64)
         flat, tree = tree_flatten(params)
-        estimates = [None] * len(flat) if curvature is None else tree_flatten(curvature)[0]
+        estimates = [None] * len(flat) if curvature is None else like_parameters(tree, "curvature", curvature)
+        kept = [like_parameters(tree, what, x) for what, x in (("gradients", grads), ("m", state["m"]), ("h", state["h"]))]
         updates, new_m, new_h, within = [], [], [], []
-        for p, g, m, h, c in zip(flat, *(tree_flatten(x)[0] for x in (grads, state["m"], state["h"])), estimates):
+        for p, g, m, h, c in zip(flat, *kept, estimates):
             m = m + (g - m) * (1 - beta1)
             h_next = h if c is None else h + (c - h) * (1 - beta2)
             scaled = rule.gamma * (h_next if rule.before else h)

@@ -86,3 +86,11 @@ def test_a_number_less_a_tensor_is_no_loss():
     torch.testing.assert_close(nf.jit(torch.logit)(p), torch.logit(p))
     found = nf.jit(nf.grad(lambda t, p: F.binary_cross_entropy(p, t)))(target, p)
     torch.testing.assert_close(found, (torch.log(1 - p) - torch.log(p)) / 5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4), (2, 3, 5)])
+def test_factors_that_others_read(shape):
+    """PyTorch's linalg.qr can't write its two results into parts of one memory."""
+    a = torch.randn(shape)
+    for f in (lambda a: torch.linalg.qr(a)[1] * 2, lambda a: tuple(x * 2 for x in torch.linalg.qr(a))):
+        torch.testing.assert_close(nf.jit(f)(a), f(a))
