@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from neuralforge.files import atomic_folder, clear_leftovers, disk_errors, write_atomic
 from neuralforge.errors import CheckpointError, DataError
+from neuralforge.files import atomic_folder, clear_leftovers, disk_errors, write_atomic
 
 
 @pytest.fixture

@@ -32,17 +32,20 @@ FRUGAL = 0.015
 """Share of a program's time that may go to saving memory without being asked."""
 WORTH = 2e9
 """Bytes that must become free for each second of it."""
+CHAIN = 2
+"""Equations that may run again only to make what another one that does reads, and what is gone by then."""
 PATIENCE = 20
 """Steps that may follow each other without a lower peak before it counts as the lowest."""
 
 
 @dataclass
 class Step:
-    """Compute `producer` again before equation `at`, for its `values`."""
+    """Run `equations` again, in their order, before the equation at `at`, for the `values` of the last one."""
 
-    producer: Equation
+    equations: list[Equation]
     values: list[Value]
     at: int
+    seconds: float
     score: float
 
 
@@ -67,6 +70,7 @@ class _Search:
         self.graph, self.kernels, self.donated = graph, dict(kernels), donated
         self.names = itertools.count()
         self.tried: set[Value] = set()
+        self.producers: dict[Value, Equation] = {}
         self.apart: dict[Equation, list[Equation]] = {}
         self.known_seconds: dict[Equation, float] = {}
         self.plan = self._planned(graph)
@@ -81,10 +85,11 @@ class _Search:
         while self.plan.peak_bytes > budget:
             steps = self._best_steps(fused_only=False)
             if not steps or patience > PATIENCE:
+                mb = lambda n: f"{math.ceil(n / 1e5) / 10:.1f} MB"
+                lower = f"from {mb(first)} down to {mb(smallest)} at best" if smallest < first else f"of {mb(first)} no lower"
                 raise MemoryBudgetError(
-                    f"memory_budget={budget / 1e6:.1f} MB can't be met: recomputing brings the peak of this program from "
-                    f"{first / 1e6:.1f} MB down to {math.ceil(smallest / 1e5) / 10:.1f} MB at best. Allow at least "
-                    f"memory_budget={smallest}, or make the batch smaller."
+                    f"memory_budget={budget / 1e6:.1f} MB can't be met: recomputing brings the peak of this program {lower}. Allow at "
+                    f"least memory_budget={smallest}, or make the batch smaller."
                 )
             self.tried.update(steps[0].values)
             self.graph = verify(self._applied(self.graph, steps[0]))
@@ -98,11 +103,10 @@ class _Search:
         while steps := self._best_steps(fused_only=True):
             chosen = []
             for step in steps:
-                spent = self._seconds(step.producer)
-                if spent <= seconds and step.score > WORTH and self.tried.isdisjoint(step.values):
+                if step.seconds <= seconds and step.score > WORTH and self.tried.isdisjoint(step.values):
                     self.tried.update(step.values)
                     chosen.append(step)
-                    seconds -= spent
+                    seconds -= step.seconds
             if not chosen:
                 break
             trial = self.graph
@@ -128,6 +132,7 @@ class _Search:
         for i, eq in enumerate(self.graph.equations):
             for v in {root_of(plan.roots, v) for v in eq.inputs}:
                 uses.setdefault(v, []).append(i)
+        self.producers = {} if fused_only else self.graph.producers()
         able = [
             (i, candidate)
             for i, eq in enumerate(self.graph.equations)
@@ -156,13 +161,34 @@ class _Search:
         if not waiting:
             return None
         at = min(reader for _, reader in waiting)
-        freed = sum(v.nbytes for v, _ in waiting)
-        for r in {root_of(plan.roots, v) for v in eq.inputs}:
-            if r in plan.birth and plan.death[r] < moment:  # would have to be kept instead
-                freed -= r.nbytes
-        if freed <= 0:
-            return None
-        return Step(eq, [v for v, _ in waiting], at, freed / self._seconds(eq))
+        freed, best = sum(v.nbytes for v, _ in waiting), None
+        for most in range(CHAIN + 1 if self.producers else 1):
+            equations, kept = self._chain(eq, moment, most)
+            seconds = sum(self._seconds(again) for again in equations if not is_view(again))
+            if freed > kept and (best is None or (freed - kept) / seconds > best.score):
+                best = Step(equations, [v for v, _ in waiting], at, seconds, (freed - kept) / seconds)
+        return best
+
+    def _chain(self, eq: Equation, moment: int, most: int) -> tuple[list[Equation], int]:
+        """`eq` with up to `most` equations before it (and views between them) that make what it reads and what is gone at `moment`;
+        and the bytes that would have to be kept all the same."""
+        chain, kept, plan = [eq], set(), self.plan
+        todo = list(eq.inputs)
+        for v in todo:  # which grows
+            root, maker = root_of(plan.roots, v), self.producers.get(v)
+            if root not in plan.birth or plan.death[root] >= moment:
+                continue
+            if v is not root and maker is not None:  # a view of what may be made again
+                chain.append(maker)
+                todo.append(maker.args[0])
+            elif most and maker is not None and maker.origin != "recomputed" and not draws(maker.op, maker.args, maker.kwargs):
+                most -= 1
+                chain.append(maker)
+                todo += maker.inputs
+            else:
+                kept.add(root)
+        position = {again: plan.birth[again.results[0]] for again in chain}
+        return sorted(position, key=position.__getitem__), sum(root.nbytes for root in kept)
 
     def _seconds(self, eq: Equation) -> float:
         if eq not in self.known_seconds:
@@ -181,7 +207,7 @@ class _Search:
             return self._like(eq, new)
 
         before, after = graph.equations[: step.at], graph.equations[step.at :]
-        inserted = [again(step.producer)]
+        inserted = [again(eq) for eq in step.equations]
         env = {v: env[v] for v in step.values}
         read_late = {v for eq in after for v in eq.inputs}
         views = [eq for eq in before if is_view(eq) and root_of(roots, eq.results[0]) in step.values]

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
@@ -221,7 +222,7 @@ def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
     with _disable_current_modes():
         generator = torch.get_rng_state()
-    with _disable_current_modes(), gradient_mode.differentiating(), mode.fake_mode, mode:
+    with _disable_current_modes(), gradient_mode.differentiating(), _unvalidated(), mode.fake_mode, mode:
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
             result = f(*tree_unflatten(fakes, tree))
@@ -249,6 +250,17 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
                 f"same memory, which would not see the write. Use a clone of one of them, or pass it as an argument."
             )
     return Captured(mode.graph, out_tree, writes, closed)
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """torch.distributions asks for the values of its arguments unless it is told not to validate them."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _check_done(out: list, generator: torch.Tensor) -> None:

@@ -224,3 +224,22 @@ def test_the_planned_peak_is_near_the_measured_one():
     planned, measured = map(int, done.stdout.split())
     assert planned > 100e6
     assert abs(planned - measured) < 0.1 * measured
+
+
+def test_what_a_recomputed_value_is_made_of_is_made_again_too():
+    """Each activation is made by a product and a function of it: to make it again takes both."""
+
+    def deep(weights, x):
+        for w in weights:
+            x = torch.tanh((x @ w).view(16, -1, 64)).view(-1, 64)
+        return (x**2).sum()
+
+    torch.manual_seed(0)
+    weights, x = [torch.randn(64, 64) * 0.2 for _ in range(12)], torch.randn(2048, 64)
+    jitted = nf.jit(nf.grad(deep), memory_budget="4.5MB")  # of 12 activations of 0.5 MB, and as much for a while
+    exact = nf.grad(deep)([w.double() for w in weights], x.double())
+    for found, expected in zip(jitted(weights, x), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+    assert jitted.programs[0].program.plan.peak_bytes <= 4.5e6
+    with pytest.raises(MemoryBudgetError, match=r"from 7\.\d MB down to [34]\.\d MB at best"):
+        nf.jit(nf.grad(deep), memory_budget="2MB")(weights, x)

@@ -229,3 +229,13 @@ def test_other_values_are_asked_for_in_vain(ask):
     w = torch.ones(2)
     with pytest.raises(CaptureError, match="asks for the value of a tensor"):
         capture(lambda x: x * int(ask(x, w)), torch.randn(3))
+
+
+def test_distributions_arent_validated_while_a_graph_is_captured():
+    normal, categorical = torch.distributions.Normal, torch.distributions.Categorical
+    f = lambda mean, logits: normal(mean, 1.0).log_prob(torch.tensor(2.0)).sum() + categorical(logits=logits).log_prob(torch.tensor(1))
+    mean, logits = torch.randn(3), torch.randn(4)
+    torch.testing.assert_close(nf.jit(f)(mean, logits), f(mean, logits))
+    torch.testing.assert_close(nf.jit(nf.grad(f))(mean, logits), normal(mean, 1.0).mean * -1 + 2)
+    with pytest.raises(ValueError, match="Expected parameter scale"):
+        normal(mean, -1.0)
