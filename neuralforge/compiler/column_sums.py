@@ -95,7 +95,7 @@ def _sums_columns(eq: Equation) -> bool:
     if eq.op is not aten.sum.dim_IntList or eq.kwargs or eq.args[0].dtype != torch.float32 or not eq.args[1]:
         return False
     ndim = eq.args[0].fake.dim()
-    return sorted(d % ndim for d in eq.args[1]) == list(range(ndim - 1)) and ndim > 1
+    return ndim > 1 and sorted(d % ndim for d in eq.args[1]) == list(range(ndim - 1))
 
 
 def _memory(program: Program, v: Value) -> tuple[Value, int] | None:

@@ -318,4 +318,5 @@ def _is_tensor(leaf: Any) -> bool:
 def _signature(leaf: Any) -> Any:
     if type(leaf) in TENSORS:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf  # 0.0 == -0.0, and nan != nan
+    # 0.0 == -0.0, nan != nan, and slices have no hash before Python 3.12
+    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex, slice)) else leaf

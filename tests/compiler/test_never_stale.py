@@ -204,3 +204,10 @@ def test_what_would_only_be_done_once_is_refused():
         nf.jit(numbers)(torch.ones(1))
     with pytest.raises(CaptureError, match="seeds torch's generator.*outside"):
         nf.jit(seeded)(torch.ones(2))
+
+
+def test_slices_are_static(captures):
+    f, x = nf.jit(lambda x, rows: x[rows] * 2), torch.arange(6.0)
+    for rows in (slice(0, 3), slice(1, 3), slice(0, 3)):
+        assert torch.equal(f(x, rows), x[rows] * 2)
+    assert len(captures) == 2

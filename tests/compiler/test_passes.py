@@ -124,3 +124,23 @@ def test_variances_over_any_dimensions(how, dim, options):
 def test_variances_of_too_few_numbers_are_as_in_pytorch():
     for x, dim in ((torch.randn(1, 4), 0), (torch.randn(3, 0), 1), (torch.randn(()), None)):
         torch.testing.assert_close(nf.jit(lambda x: x.var(dim))(x), x.var(dim), equal_nan=True)
+
+
+OF_A_NUMBER = {
+    "sum": lambda x: x.sum(0).sin(),
+    "sum of a product": lambda x: (x * x).sum(-1),
+    "softmax by hand": lambda x: (e := (x - x.amax(0, True)).exp()) / e.sum(0, True),
+    "log_softmax by hand": lambda x: x - x.exp().sum(0, True).log(),
+    "logsumexp": lambda x: x.logsumexp(0) - x * 2,
+    "std": lambda x: x.std(0, correction=0),
+    "mean": lambda x: x.mean(0) * 2,
+    "max": lambda x: x.max(0).values * 2 + x.amin(-1),
+    "norm": lambda x: x.norm() + torch.linalg.vector_norm(x, dim=0),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_reductions_of_a_single_number(name):
+    f, x = OF_A_NUMBER[name], torch.tensor(1.3)
+    torch.testing.assert_close(nf.jit(f)(x), f(x), equal_nan=True)
+    torch.testing.assert_close(nf.jit(nf.grad(f))(x), nf.grad(f)(x), equal_nan=True)

@@ -67,6 +67,8 @@ def _spread(eq: Equation) -> Graph | None:
     """Variances and deviations: of rows as the variance that fused groups know, else by two sums, where PyTorch goes through the numbers
     one by one."""
     x = eq.args[0]
+    if not x.shape:
+        return None
     dims = [d % x.fake.dim() for d in (*eq.args, None)[1] or range(x.fake.dim())]
     correction, keepdim = eq.kwargs.get("correction"), eq.kwargs.get("keepdim", False)
     correction = 1 if correction is None else correction

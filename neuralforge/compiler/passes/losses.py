@@ -89,7 +89,7 @@ def picked_logits(program: Program) -> Iterator[Match]:
         if pick is None or program.same(pick.source) is not program.same(total.args[0]):
             continue
         x = total.args[0]
-        if [d % x.fake.dim() for d in total.args[1]] != [pick.dim] or eq.outputs.fake.numel() != total.outputs.fake.numel():
+        if not x.shape or [d % x.fake.dim() for d in total.args[1]] != [pick.dim] or eq.outputs.fake.numel() != total.outputs.fake.numel():
             continue
         rows = _Rows.of(program, x, None, natural(x.shape), pick.dim)
         if rows is None:
@@ -152,7 +152,7 @@ def _picked(program: Program, eq: Equation) -> _Pick | None:
         product = program.producer(eq.args[0], aten.mul.Tensor)
         for x, hot in (product.args, product.args[::-1]) if product is not None else ():
             target = _one_hot(program, hot)
-            if target is None or not isinstance(x, Value) or x.shape != hot.shape:
+            if target is None or not isinstance(x, Value) or x.shape != hot.shape or not x.shape:
                 continue
             last = x.fake.dim() - 1
             everything = eq.op is aten.sum.default
@@ -170,7 +170,7 @@ def _one_hot(program: Program, v: object) -> Value | None:
         return None
     target, classes = eq.args
     known = program.literal(classes)
-    lined_up = isinstance(target, Value) and target.fake.dim() == v.fake.dim() and target.shape[-1] == 1
+    lined_up = isinstance(target, Value) and target.shape and target.fake.dim() == v.fake.dim() and target.shape[-1] == 1
     if not lined_up or known is None or not torch.equal(known.reshape(-1), torch.arange(v.shape[-1])):
         return None
     return target if target.shape[:-1] == v.shape[:-1] and target.dtype == torch.int64 else None

@@ -49,8 +49,8 @@ def log_softmax_by_hand(program: Program) -> Iterator[Match]:
 
 def _kept(reduction: Equation) -> int | None:
     """The one dimension reduced, and kept with size 1."""
-    args = (*reduction.args, False)[:3]
-    return args[1][0] % reduction.args[0].fake.dim() if len(args[1]) == 1 and args[2] and not reduction.kwargs else None
+    (x, dims, kept) = (*reduction.args, False)[:3]
+    return dims[0] % x.fake.dim() if x.shape and len(dims) == 1 and kept and not reduction.kwargs else None
 
 
 def _shifted(program: Program, x: Value, dim: int) -> Value:
