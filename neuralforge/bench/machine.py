@@ -147,7 +147,7 @@ def compiles() -> str | None:
 
 def _compiler() -> str | None:
     try:
-        return toolchain.compiler(os.environ.get("CC"))[1]
+        return toolchain.compiler()[1]
     except KernelError:
         return None
 

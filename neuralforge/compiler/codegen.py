@@ -12,7 +12,6 @@ Sizes and outer strides are parameters: groups that differ in nothing else share
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -57,7 +56,7 @@ def functions(texts: Iterable[str]) -> dict[str, Any]:
     the toolchain does."""
     texts = list(dict.fromkeys(texts))
     head = prelude() + _vector_math()
-    built_with = (head, compiler(os.environ.get("CC")))
+    built_with = (head, compiler())
     missing = [text for text in texts if (*built_with, text) not in _built]
     name = {text: f"kernel{n}" for n, text in enumerate(missing)}
     files = [missing[n::FILES] for n in range(min(FILES, len(missing)))]

@@ -27,7 +27,7 @@ from .passes.simplify import dead_code
 from .pointwise import supported
 from .reductions import Role, role
 from .sink import sink
-from .space import contiguous, cuts_of, memory_order, out_of_order, place, refine, sizes_of, squash
+from .space import contiguous, cuts_of, out_of_order, place, refine, sizes_of, squash
 
 aten = torch.ops.aten
 
@@ -102,7 +102,7 @@ def fuse(graph: Graph) -> Graph:
     emitted: list[Equation] = []
     for node in _ordered(graph, members):
         emitted.append(node if isinstance(node, Equation) else _fused_equation(node, used_outside))
-    return graph.replace(equations=_without_dead_views(emitted, graph.outputs))
+    return dead_code(graph.replace(equations=emitted))
 
 
 def _constants_apart(graph: Graph) -> Graph:
@@ -148,7 +148,6 @@ class Group:
         self.index = index
         self.total = r.over.fake.numel()
         self.strided = None if contiguous(r.over) else (tuple(r.over.shape), tuple(r.over.strides))
-        self.order = None if self.strided is None else memory_order(r.over)
         self.columns: int | None = None
         self.cuts: list[int] = []
         self.equations: list[Equation] = []
@@ -341,7 +340,7 @@ class _Grower:
             else:
                 trial = {**self._kinds(eq, joined), **self._kinds(eq, source)}
                 probe = Group(0, r)
-                probe.total, probe.strided, probe.order = joined.total, joined.strided, joined.order
+                probe.total, probe.strided = joined.total, joined.strided
                 probe.columns, probe.cuts = together
                 probe.reads = [*joined.reads, *source.reads]
                 if probe.fit(eq, r, trial) is not None:
@@ -450,17 +449,6 @@ def _escaping(graph: Graph, members: dict[Equation, Group]) -> set[Value]:
         inside = {v for view in home.views for v in view.results} if home else set()
         found.update(v for v in eq.inputs if v not in inside and (v not in maker or maker[v] is not home))
     return found
-
-
-def _without_dead_views(equations: list[Equation], outputs: list) -> list[Equation]:
-    used = set(leaves(outputs))
-    kept = []
-    for eq in reversed(equations):
-        if eq.op in LOOKED_THROUGH and not any(v in used for v in eq.results):
-            continue
-        used.update(eq.inputs)
-        kept.append(eq)
-    return kept[::-1]
 
 
 def _ordered(graph: Graph, members: dict[Equation, Group]) -> list[Any]:

@@ -6,7 +6,6 @@ groups have only this form.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -88,7 +87,7 @@ def claim(graph: Graph) -> dict[Equation, Kernel]:
             kernels[eq] = kernel
     fused = [eq for eq in graph.equations if isinstance(eq.op, Fused)]
     try:
-        compiler(os.environ.get("CC"))
+        compiler()
     except KernelError as e:
         if fused:
             plain_operators_instead(e)

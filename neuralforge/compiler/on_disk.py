@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import sys
 from functools import cache
@@ -68,7 +67,7 @@ def save(place: Path, optimised: Graph, graph: Graph) -> None:
 
 def _key(graph: Graph) -> str:
     """Raises _Unsaved for what the text doesn't tell from another program, and KernelError without a C compiler."""
-    around = sys.version, torch.__version__, isa(), *sorted(cpu_features()), compiler(os.environ.get("CC"))[1]
+    around = sys.version, torch.__version__, isa(), *sorted(cpu_features()), compiler()[1]
     digest = hashlib.sha256("\0".join([*_files(), *around, str(torch.get_num_threads())]).encode())
     for v in (*graph.inputs, *graph.constants):
         digest.update(f"{v.typed} {v.strides} {v.device}\n".encode())

@@ -51,11 +51,11 @@ def role(eq: Equation) -> Role | None:
     if eq.op in (aten.sum.default, aten.mean.default) and not eq.kwargs:
         return Role(x, ("all",))
     if eq.op is aten.native_layer_norm.default:
-        return Role(x, ("full", "row", "row"), _rows(x, eq.args[1]))
+        return Role(x, ("full", "row", "row"), math.prod(eq.args[1]))
     if eq.op is aten.native_layer_norm_backward.default:
         kinds = ("full", "column", "column")
         known = all(wanted == isinstance(v, Value) for wanted, v in zip(eq.args[7], eq.outputs))
-        columns = _rows(x, eq.args[2])
+        columns = math.prod(eq.args[2])
         return Role(x, tuple(k for k, w in zip(kinds, eq.args[7]) if w), columns) if known and eq.args[7][0] else None
     if not isinstance(eq.outputs, Value):
         return None
@@ -85,7 +85,3 @@ def _over_columns(x: Value, dims: list[int] | None) -> Role | None:
     columns = math.prod(x.shape[len(wanted) :])
     fits = wanted and wanted == set(range(len(wanted))) and 1 < columns <= MAX_COLUMN_SUMS and columns < x.fake.numel()
     return Role(x, ("column",), columns) if fits else None
-
-
-def _rows(x: Value, shape: list[int]) -> int:
-    return math.prod(shape)

@@ -120,11 +120,13 @@ def fast_dot() -> bool:
     return has_bfloat16() and "amx_bf16" not in cpu_features()
 
 
+def compiler() -> tuple[tuple[str, ...], str]:
+    """Command and version line of the C compiler: $CC, which may hold options too; else gcc, clang or cc. Raises NoCompiler."""
+    return _compiler(os.environ.get("CC"))
+
+
 @cache
-def compiler(command: str | None = None) -> tuple[tuple[str, ...], str]:
-    """Command and version line of the C compiler: `command` or `$CC`, which may hold options too; else gcc, clang or
-    cc. Raises NoCompiler."""
-    asked = os.environ.get("CC") if command is None else command
+def _compiler(asked: str | None) -> tuple[tuple[str, ...], str]:
     for name, *options in [shlex.split(asked)] if asked and asked.strip() else [["gcc"], ["clang"], ["cc"]]:
         path = shutil.which(name)
         if path is None:
@@ -240,7 +242,7 @@ def in_cache(source: str, name: str) -> bool:
 
 def _place(source: str, name: str, flags: Sequence[str]) -> tuple[list[str], str]:
     """The compiler's command, and the library's file name in the cache."""
-    call, version = compiler(os.environ.get("CC"))
+    call, version = compiler()
     command = [*call, *FLAGS, *ISA_FLAGS[isa()], *flags]
     key = "\0".join([source, version, *command, *sorted(cpu_features())])
     return command, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"

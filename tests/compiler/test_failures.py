@@ -54,7 +54,7 @@ def trains(monkeypatch, tmp_path):
     monkeypatch.setattr(toolchain, "_private", {})
     monkeypatch.setattr(toolchain, "_told", set())
     monkeypatch.setattr(codegen, "_built", {})
-    toolchain.compiler.cache_clear()
+    toolchain._compiler.cache_clear()
 
     def trains(**environment):
         for name, value in environment.items():
@@ -67,7 +67,7 @@ def trains(monkeypatch, tmp_path):
         return said
 
     yield trains
-    toolchain.compiler.cache_clear()
+    toolchain._compiler.cache_clear()
 
 
 def script(path, body):

@@ -223,7 +223,8 @@ def test_no_compiler(cc, tmp_path, monkeypatch):
 
 
 def test_cc_may_hold_options_and_a_blank_one_counts_as_none(monkeypatch):
-    monkeypatch.setenv("CC", f"{compiler('')[0][0]} -DVALUE=7")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CC", f"{compiler()[0][0]} -DVALUE=7")
     assert answer("int answer(void) { return VALUE; }") == 7
     monkeypatch.setenv("CC", " ")
     assert answer() == 42

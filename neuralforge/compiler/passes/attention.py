@@ -122,7 +122,7 @@ def _weighted(program: Program, v: Value, dims: Dims | None) -> Iterator[tuple[E
             yield eq, dims
 
 
-def _batched(v: Value, dims: Dims) -> Dims:
+def _batched(dims: Dims) -> Dims:
     """An operand of mm as one of bmm."""
     return dims if len(dims) == 3 else ((), *dims)
 
@@ -138,7 +138,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     left, right = scores.product.args[-2:]
     shape = (1, *scores.product.outputs.shape)[-3:]
     where = tuple(tuple(run._replace(axis=run.axis + 3 - left.fake.dim()) for run in dim) for dim in scores.dims)
-    back = inverse(_batched(weighted.args[0], p_dims), p.shape)
+    back = inverse(_batched(p_dims), p.shape)
     S, T = p.shape[last], p.shape[last - 1]
     if back is None or where[last] != natural(shape)[2] or back[last] != natural((1, 1, S))[2]:
         return None
@@ -150,7 +150,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
         root, dims = program.root(v, reader)
         shape = (1, *v.shape)[-3:]
         axes = (*(d for d in places), natural(shape)[inner])
-        return root, compose(axes, _batched(v, dims), shape)
+        return root, compose(axes, _batched(dims), shape)
 
     def before(v: Value, dims: Dims | None) -> tuple[Value, Dims | None, float]:
         """What an operand was before it was multiplied by a number, and by which."""
@@ -186,7 +186,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     flat = regroup(natural((B, H, T, K)), (*p.shape[:last], K))
     flat_p = (*flat[:last], (), flat[last])
     product_shape = (1, *weighted.outputs.shape)[-3:]
-    w = _batched(weighted.args[0], p_dims)
+    w = _batched(p_dims)
     rows = compose((w[0], w[1]), flat_p[: last + 1], p.shape)
     if rows is None or q4 is None or k4 is None or v4 is None:
         return None
@@ -256,7 +256,7 @@ class _Masks:
     @staticmethod
     def of(program: Program, masks: list, shape: tuple[int, ...], B: int, H: int) -> _Masks | None:
         """None where flash attention has nothing like them."""
-        found = _Masks([], shape, B, H)
+        read = []
         for mask, fill, scale, scores in masks:
             value, negated = mask if isinstance(mask, tuple) else (mask, False)
             if not isinstance(value, Value):
@@ -270,8 +270,8 @@ class _Masks:
                 return None
             while (eq := program.producer(value, aten.expand)) is not None:
                 value = eq.args[0]
-            found.masks.append(((value, negated), fill, scale, scores))
-        found = _Masks(found.masks, shape, B, H)
+            read.append(((value, negated), fill, scale, scores))
+        found = _Masks(read, shape, B, H)
         literal = [program.literal(v) for v in found.read]
         if masks and all(x is not None for x in literal):
             found._recognise(dict(zip(found.read, literal)))
