@@ -253,8 +253,10 @@ def jit(
     NEURALFORGE_MAX_REWRITES sets it for all functions.
 
     Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
-    tensor data. In-place writes to arguments, and to tensors that `f` closes over (the running statistics of batch norms, say),
-    take effect after the call.
+    tensor data, and where `f` does what a graph can't do again in later calls (seeds torch's generator, returns a generator).
+    In-place writes to arguments, and to tensors that `f` closes over (the running statistics of batch norms, say), take effect
+    after the call. Such tensors are read anew in each call; parameters and buffers that were put into modules in place of others,
+    and tensors whose `.data` has come to be laid out otherwise, are captured anew.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     budget = _bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
