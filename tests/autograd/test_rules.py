@@ -53,6 +53,16 @@ def test_flash_attention_mask_has_a_gradient():
     torch.testing.assert_close(ours, list(expected))
 
 
+def test_flash_attention_of_a_query_that_sees_nothing():
+    q, k, v = make(2, 4, 5, 8), make(2, 4, 7, 8), make(2, 4, 7, 8) * 0.5
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[1] = False
+    attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    ours, expected = second_order(attend, [q, k, v], [make(*x.shape) for x in (q, k, v)])
+    torch.testing.assert_close(ours, list(expected))
+    assert (nf.jvp(attend, (q, k, v), (q, k, v))[1][:, :, 1] == 0).all()
+
+
 def test_flash_attention_log_sum_exp():
     """The second result of the operator has a derivative too."""
     q, k, v = make(1, 2, 3, 4), make(1, 2, 5, 4), make(1, 2, 5, 4)
