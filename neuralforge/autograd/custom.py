@@ -23,7 +23,7 @@ from ..graph.source import user_line
 from ..graph.tracer import Tracer
 from ..graph.tree import leaves_like, tree_flatten, tree_map, tree_unflatten
 from .forward import Forward
-from .tape import Tape
+from .tape import Tape, differentiable
 from .transforms import vjp
 
 
@@ -165,7 +165,7 @@ class custom_jvp:
                 tangents = self._tangents(outputs, moved, out_tree)
             refuse_closure(self.__name__, inputs, read)
             for y, t in zip(outputs, tangents):
-                if t is not None and _moves(y):
+                if t is not None and differentiable(y):
                     y.__dict__[tracer.key] = meaning(tracer, t)
             return tree_unflatten(outputs, out_tree)
         with tracer.paused() as read:
@@ -173,16 +173,16 @@ class custom_jvp:
 
             def along(*tangents: torch.Tensor) -> list:
                 left = iter(tangents)
-                moved = self.rule(args, tree_map(lambda x: next(left) if _moves(x) else None, args))[1]
+                moved = self.rule(args, tree_map(lambda x: next(left) if differentiable(x) else None, args))[1]
                 return self._tangents(outputs, moved, out_tree)
 
-            found, transpose = vjp(along, *[torch.zeros_like(x) for x in inputs if _moves(x)])
+            found, transpose = vjp(along, *[torch.zeros_like(x) for x in inputs if differentiable(x)])
         refuse_closure(self.__name__, inputs, read)
 
         def pull(gs: list) -> list:
             filled = [torch.zeros_like(t) if g is None and t is not None else g for g, t in zip(gs, found)]
             back = iter(transpose(filled))
-            return [next(back) if _moves(x) else None for x in inputs]
+            return [next(back) if differentiable(x) else None for x in inputs]
 
         return tree_unflatten(tracer.attach(outputs, inputs, pull, self.__name__), out_tree)
 
@@ -214,7 +214,7 @@ class custom_jvp:
                     f"{user_line()}: the rule of {self.__name__} returned a tangent of shape {tuple(t.shape)} for an output of "
                     f"shape {tuple(y.shape)}."
                 )
-        return [t if isinstance(t, torch.Tensor) and _moves(y) else None for y, t in zip(outputs, flat)]
+        return [t if isinstance(t, torch.Tensor) and differentiable(y) else None for y, t in zip(outputs, flat)]
 
 
 def positional(f: Callable, args: tuple, kwargs: dict) -> tuple:
@@ -244,13 +244,9 @@ def plain(function: Any, f: Callable, args: tuple) -> Any:
     return f(*args)
 
 
-def _moves(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
-
-
 def _tangent(tracer: Forward, x: Any) -> Any:
     t = tracer.tangent(x)
-    return torch.zeros_like(x) if t is None and _moves(x) else t
+    return torch.zeros_like(x) if t is None and differentiable(x) else t
 
 
 def batch_axes(tree: Any) -> Any:

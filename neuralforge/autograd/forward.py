@@ -11,7 +11,7 @@ from ..graph import gradient_mode, source
 from ..graph.ir import op_name
 from ..graph.tracer import Tracer
 from .rules.table import find_definition, find_rule
-from .tape import descend, missing_rule
+from .tape import descend, differentiable, missing_rule
 
 
 class Forward(Tracer):
@@ -46,7 +46,7 @@ class Forward(Tracer):
                 return descend(self, func, definition, args, kwargs)
         out = func(*args, **kwargs)
         results = list(out) if isinstance(out, (tuple, list)) else [out]
-        if not any(isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()) for r in results):
+        if not any(differentiable(r) for r in results):
             return out
         if found is None or in_kwargs:
             raise missing_rule(func)
@@ -70,7 +70,7 @@ class Forward(Tracer):
                     if p is not None:
                         total[j] = p if total[j] is None else total[j] + p
             for r, t in zip(results, total):
-                if t is not None and isinstance(r, torch.Tensor) and (r.is_floating_point() or r.is_complex()):
+                if t is not None and differentiable(r):
                     r.__dict__[self.key] = _fit(t, r)
         return out
 

@@ -12,7 +12,7 @@ from ..graph import gradient_mode
 from ..graph.source import user_line
 from ..graph.tree import tree_flatten, tree_unflatten
 from .tape import Tape
-from .transforms import _check_input
+from .transforms import check_input
 
 
 class GradientTape:
@@ -57,7 +57,7 @@ class GradientTape:
         """Follow these tensors (a tensor or a pytree) from here on. Raises DifferentiationError for one that isn't
         floating point or complex."""
         for x in tree_flatten(tensors)[0]:
-            _check_input(x)
+            check_input(x)
             if self._tape.node(x) is None:
                 self._tape.watch_itself(x)
                 self._watched.append(x)

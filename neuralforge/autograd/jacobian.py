@@ -11,7 +11,8 @@ import torch
 from ..errors import DifferentiationError
 from ..graph.source import user_line
 from ..graph.tree import tree_flatten, tree_map, tree_unflatten
-from .transforms import _check_input, jvp, vjp
+from .tape import differentiable
+from .transforms import check_input, jvp, pick, select, vjp
 from .vmap import vmap
 
 
@@ -23,7 +24,7 @@ def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
     @wraps(f)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        chosen, call = _split(f, argnums, args, kwargs)
+        chosen, call = _select(f, argnums, args, kwargs)
         out, pullback = vjp(call, *chosen)
         outputs, out_tree = tree_flatten(out)
         zeros = [torch.zeros_like(y) for y in outputs]
@@ -37,7 +38,7 @@ def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
             flat = vmap(pull)(_basis(y))
             shaped = lambda g, y=y: None if g is None else g.reshape((*y.shape, *g.shape[1:]))
-            rows.append(tree_map(shaped, _pick(flat, argnums)))
+            rows.append(tree_map(shaped, pick(flat, argnums)))
         return tree_unflatten(rows, out_tree)
 
     return jacobian
@@ -49,7 +50,7 @@ def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
     @wraps(f)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        chosen, call = _split(f, argnums, args, kwargs)
+        chosen, call = _select(f, argnums, args, kwargs)
         inputs, in_tree = tree_flatten(tuple(chosen))
         zeros = [None if x is None else torch.zeros_like(x) for x in inputs]
         columns = []  # for each input leaf, the outputs' derivatives, input elements first
@@ -69,7 +70,7 @@ def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
             for x in inputs:
                 d = None if x is None else next(column)[0][j]
                 leaves.append(None if x is None else d.reshape((*d.shape[:-1], *x.shape)))
-            rows.append(_pick(tree_unflatten(leaves, in_tree), argnums))
+            rows.append(pick(tree_unflatten(leaves, in_tree), argnums))
         return tree_unflatten(rows, out_tree)
 
     return jacobian
@@ -93,30 +94,12 @@ def linearize(f: Callable, *primals: Any) -> tuple[Any, Callable]:
     return out, lambda *tangents: push(tangents)[0]
 
 
-def _split(f: Callable, argnums: int | tuple[int, ...], args: tuple, kwargs: dict) -> tuple[list, Callable]:
-    """The differentiated arguments, and `f` as a function of them."""
-    which = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if any(not -len(args) <= n < len(args) for n in which):
-        raise DifferentiationError(
-            f"{user_line()}: argnums={argnums} of a call with {len(args)} positional arguments. Differentiated arguments "
-            f"must be passed by position."
-        )
-
-    def call(*chosen: Any) -> Any:
-        full = list(args)
-        for n, x in zip(which, chosen):
-            full[n] = x
-        return f(*full, **kwargs)
-
-    chosen = [args[n] for n in which]
+def _select(f: Callable, argnums: int | tuple[int, ...], args: tuple, kwargs: dict) -> tuple[list, Callable]:
+    chosen, call = select(f, argnums, args, kwargs)
     for x in tree_flatten(chosen)[0]:
-        _check_input(x)
+        check_input(x)
         _check_real(x, "an argument")
     return chosen, call
-
-
-def _pick(grads: tuple, argnums: int | tuple[int, ...]) -> Any:
-    return grads[0] if isinstance(argnums, int) else tuple(grads)
 
 
 def _basis(x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +116,7 @@ def _check_real(x: Any, what: str) -> None:
 
 
 def _check_output(y: Any) -> None:
-    if not isinstance(y, torch.Tensor) or not (y.is_floating_point() or y.is_complex()):
+    if not differentiable(y):
         what = f"a tensor of {y.dtype}" if isinstance(y, torch.Tensor) else type(y).__name__
         raise DifferentiationError(
             f"{user_line()}: expected a function that returns floating-point or complex tensors, not {what}."

@@ -83,7 +83,7 @@ class Tape(Tracer):
             return self._descend(func, args, kwargs)
         out = func(*args, **kwargs) if known is None else known
         single = isinstance(out, torch.Tensor)
-        places = [r for r in enumerate((out,) if single else out) if _differentiable(r[1])]
+        places = [r for r in enumerate((out,) if single else out) if differentiable(r[1])]
         if not places:
             return out
         derivatives = found.derivatives(out, *args, **kwargs)
@@ -112,7 +112,7 @@ class Tape(Tracer):
             if isinstance(x, torch.Tensor):
                 with self.paused():
                     x = torch.ops.aten.alias.default(x)  # an output may be an input, which has its own place
-                if at and _differentiable(x):
+                if at and differentiable(x):
                     x.__dict__[self.key] = (node, i)
             attached.append(x)
         return attached
@@ -121,7 +121,7 @@ class Tape(Tracer):
         found = find_definition(func)
         if found is None:
             out = func(*args, **kwargs)
-            if any(_differentiable(r) for r in (out if isinstance(out, (tuple, list)) else (out,))):
+            if any(differentiable(r) for r in (out if isinstance(out, (tuple, list)) else (out,))):
                 raise missing_rule(func)
             return out
         return descend(self, func, found, args, kwargs)
@@ -208,6 +208,11 @@ def _added(slots: list, index: int, g: torch.Tensor) -> torch.Tensor:
     return total + g
 
 
+def differentiable(x: Any) -> bool:
+    """May `x` have a derivative: is it a tensor of real or complex numbers?"""
+    return isinstance(x, torch.Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
+
+
 def fit(g: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """A cotangent in its argument's shape and dtype: undo broadcasting and type promotion."""
     if g.shape != shape:
@@ -286,10 +291,6 @@ def _edges(func: Any, derivatives: Any, args: tuple, parents: list) -> list[tupl
             like = [_like(a) for a in args[i]] if isinstance(parent, list) else _like(args[i])
             edges.append((parent, derivatives[i].vjp, like))
     return edges
-
-
-def _differentiable(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
 
 
 def _like(x: Any) -> Any:

@@ -27,7 +27,7 @@ from ..graph.tree import tree_flatten
 from .checkpoint import checkpoint
 from .custom import all_differentiating, custom_vjp, meaning, plain, refuse_closure, zeros
 from .forward import Forward
-from .tape import Tape, _differentiable
+from .tape import Tape, differentiable
 from .transforms import vjp
 
 _ONCE = once_differentiable(lambda ctx: None).__code__
@@ -76,7 +76,7 @@ class _Call:
         self.made = [out] if self.single else list(out)
         self.like = [(y.shape, y.dtype, y.device) if isinstance(y, torch.Tensor) else None for y in self.made]
         fixed = [id(x) for x in getattr(ctx, "non_differentiable", None) or ()]
-        self.at = [i for i, y in enumerate(self.made) if _differentiable(y) and id(y) not in fixed]
+        self.at = [i for i, y in enumerate(self.made) if differentiable(y) and id(y) not in fixed]
         self.saved = tuple(getattr(ctx, "to_save", None) or getattr(ctx, "saved_for_forward", None) or ())
         ctx.to_save = ctx.saved_for_forward = ctx.non_differentiable = None
 

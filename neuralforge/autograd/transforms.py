@@ -6,7 +6,7 @@ and nest in any order. None of them uses torch.autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..graph import gradient_mode
 from ..graph.source import user_line
 from ..graph.tree import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from .forward import Forward
-from .tape import Tape
+from .tape import Tape, differentiable
 
 
 def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -33,32 +33,19 @@ def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
 
     @wraps(f)
     def value_and_grad_f(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        which = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        if any(not -len(args) <= n < len(args) for n in which):
-            raise DifferentiationError(
-                f"{user_line()}: argnums={argnums} of a call with {len(args)} positional arguments. Differentiated "
-                f"arguments must be passed by position."
-            )
+        chosen, call = select(f, argnums, args, kwargs)
         tape = Tape()
         with gradient_mode.differentiating():
             with tape:
-                watched, leaves = _watch(tape, [args[n] for n in which])
-                full = list(args)
-                for n, arg in zip(which, watched):
-                    full[n] = arg
-                out = tree_map(tape.now, f(*full, **kwargs))
+                watched, leaves = _watch(tape, chosen)
+                out = tree_map(tape.now, call(*watched))
             loss, aux = out if has_aux else (out, None)
-            del out, full, watched
+            del out, watched
             _check_scalar(loss)
             grads = tape.pull([loss], [torch.ones_like(loss)], leaves)
             flat = _filled(grads, leaves)
             tape.write_back()
-        trees = [tree_flatten(args[n])[1] for n in which]
-        result, at = [], 0
-        for tree in trees:
-            result.append(tree_unflatten(flat[at : at + tree.num_leaves], tree))
-            at += tree.num_leaves
-        gradient = result[0] if isinstance(argnums, int) else tuple(result)
+        gradient = pick(tree_unflatten(flat, tree_flatten(chosen)[1]), argnums)
         return ((loss, aux) if has_aux else loss), gradient
 
     return value_and_grad_f
@@ -122,7 +109,7 @@ def jvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         with forward:
             watched = []
             for x, t in zip(flat, moves):
-                _check_input(x)
+                check_input(x)
                 if x is None:
                     watched.append(None)
                     continue
@@ -164,10 +151,33 @@ def _like(tree: TreeSpec, what: str, of: str, given: Any) -> list:
         raise DifferentiationError(f"{user_line()}: the structure of the {what} differs from that of the {of}: {e}") from e
 
 
+def select(f: Callable, argnums: int | tuple[int, ...], args: tuple, kwargs: dict) -> tuple[list, Callable]:
+    """The arguments that `argnums` names, and `f` as a function of them."""
+    which = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if any(not -len(args) <= n < len(args) for n in which):
+        raise DifferentiationError(
+            f"{user_line()}: argnums={argnums} of a call with {len(args)} positional arguments. Differentiated arguments "
+            f"must be passed by position."
+        )
+
+    def call(*chosen: Any) -> Any:
+        full = list(args)
+        for n, x in zip(which, chosen):
+            full[n] = x
+        return f(*full, **kwargs)
+
+    return [args[n] for n in which], call
+
+
+def pick(found: Sequence, argnums: int | tuple[int, ...]) -> Any:
+    """What was found for the selected arguments, in the form of `argnums`."""
+    return found[0] if isinstance(argnums, int) else tuple(found)
+
+
 def _watch(tape: Tape, args: Any) -> tuple[Any, list[torch.Tensor]]:
     flat, tree = tree_flatten(args)
     for leaf in flat:
-        _check_input(leaf)
+        check_input(leaf)
     watched = [None if leaf is None else tape.watch(leaf) for leaf in flat]
     return tree_unflatten(watched, tree), watched
 
@@ -177,7 +187,8 @@ def _filled(grads: list, like: list) -> list:
     return [torch.zeros_like(x) if g is None and x is not None else g for g, x in zip(grads, like)]
 
 
-def _check_input(x: Any) -> None:
+def check_input(x: Any) -> None:
+    """Raise for a leaf that can't be differentiated with respect to."""
     if x is None:  # as a leaf of a pytree it is nothing
         return
     if isinstance(x, torch.nn.Module):
@@ -185,7 +196,7 @@ def _check_input(x: Any) -> None:
             f"{user_line()}: can't differentiate with respect to a module ({type(x).__name__}). Pass its parameters, "
             f"dict(module.named_parameters()), and call torch.func.functional_call(module, parameters, inputs) with them."
         )
-    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()):
+    if not differentiable(x):
         what = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"{x!r} ({type(x).__name__})"
         raise DifferentiationError(
             f"{user_line()}: can't differentiate with respect to {what}; expected floating-point or complex tensors. "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..autograd.tape import Tape
+from ..autograd.tape import Tape, differentiable
 from ..errors import CaptureError, DifferentiationError
 from ..graph import Captured, Graph, capture
 from ..graph.ir import Value
@@ -48,9 +48,7 @@ class Differentiable:
         self.count = plain.out_tree.num_leaves
         outputs = plain.graph.outputs[: self.count]
         # Outputs that can have a gradient; the others (indices, plain Python values) pass through.
-        self.smooth = [
-            i for i, v in enumerate(outputs) if isinstance(v, Value) and (v.dtype.is_floating_point or v.dtype.is_complex)
-        ]
+        self.smooth = [i for i, v in enumerate(outputs) if isinstance(v, Value) and differentiable(v.fake)]
         cotangents = [outputs[i].fake for i in self.smooth]
         self.strides = [g.stride() for g in cotangents]
 
