@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import compiled
+from neuralforge.compiler import compiled, remat
 from neuralforge.compiler.epilogue import join_epilogues
 from neuralforge.kernels import matmul
 
@@ -19,8 +19,9 @@ def joined(timed, joined_by):
     return joined_by("join_epilogues")
 
 
-def test_recomputed_under_a_memory_budget(joined):
+def test_recomputed_under_a_memory_budget(joined, monkeypatch):
     """Together with its epilogue: the results have other names then."""
+    monkeypatch.setattr(remat, "CHAIN", 0)  # or two cheap operators run again in its place
     torch.manual_seed(0)
     x, weights = torch.randn(128, 64), [torch.randn(64, 64) * 0.1 for _ in range(4)]
 
