@@ -68,7 +68,7 @@ def arithmetic_peak(dtype: torch.dtype = torch.float32) -> Peak:
     try:
         return peak_flops({torch.float64: "float64", torch.bfloat16: "bfloat16"}.get(dtype, "float32"))
     except KernelError:
-        return peak_flops()
+        return peak_flops("float32")
 
 
 def product_peak(dtype: torch.dtype = torch.float32) -> Peak:

@@ -39,7 +39,7 @@ def test_costs(told):
     moved = 4 * (200 * 300 + 300 * 40 + 200 * 40)
     assert (product.flops, product.bytes) == (2 * 200 * 300 * 40, moved)
     peak, stream = product_peak().value, bandwidth().value
-    assert peak >= peak_flops().value
+    assert peak >= peak_flops("float32").value
     assert product.predicted == max(product.flops / peak, moved / stream)
     assert product.intensity == product.flops / moved and "product" in product.why
     fused = [row for row in told.rows if row.name.startswith("fused")]
