@@ -38,15 +38,13 @@ from rich.console import Console
 
 import neuralforge as nf
 from neuralforge.bench import (
-    Peak,
     alternate,
-    peak_flops,
+    arithmetic_peak,
     peak_resident_bytes,
     reset_peak,
     resident_bytes,
     timing_table,
 )
-from neuralforge.errors import KernelError
 from neuralforge.kernels.native import build_ahead, built_ahead
 from neuralforge.kernels.toolchain import cpu_model, isa
 
@@ -185,13 +183,6 @@ def report_fresh(name: str, model: str, precision: str) -> None:
     print(json.dumps({**found, "library": library}))
 
 
-def measured_peak(precision: str) -> Peak:
-    try:
-        return peak_flops("bfloat16" if precision == "bf16" else "float32")
-    except KernelError:  # no bfloat16 arithmetic: it is computed in float32
-        return peak_flops()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TASKS, default="gpt")
@@ -205,7 +196,7 @@ def main() -> None:
         return report_fresh(args.fresh, args.model, args.precision)
 
     console = Console(width=130)
-    task, peak = TASKS[args.model], measured_peak(args.precision)
+    task, peak = TASKS[args.model], arithmetic_peak(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     names = [n for n in args.only if n != "jax" or task.jax is not None and importlib.util.find_spec("jax")]
     console.print(
         f"{args.model} ({task.describe}), {args.precision}: {task.flops / 1e9:.0f} GFLOP a step; {cpu_model()}, {isa()}, "

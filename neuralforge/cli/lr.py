@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import ConfigError
 from ..train.config import Config, keys
 from .flags import number, split_flags, whole_number
 from .schedule import picture_path
@@ -54,8 +53,5 @@ def main(argv: list[str]) -> None:
     print(f"suggestion    {found.suggestion:.2g}, between them: try --optimizer.lr={found.suggestion:.2g}")
     if found.lowest >= found.rates[-1]:
         print(f"The loss was still falling at {found.rates[-1]:.2g}: a higher --high would tell more.")
-    try:
-        rate_test.draw(found, picture)
-    except OSError as e:
-        raise ConfigError(f"--picture={picture}: can't be written: {e}.") from e
+    rate_test.draw(found, picture)
     print(f"picture       {picture}")

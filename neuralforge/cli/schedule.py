@@ -43,10 +43,7 @@ def main(argv: list[str]) -> None:
     print(f"  highest         {max(found):.3g}")
     if config.schedule.name == "reduce_on_plateau":
         print("  times what falls with the validation loss, which isn't known here")
-    try:
-        draw({config.schedule.name: (steps, found)}, picture)
-    except OSError as e:
-        raise ConfigError(f"--picture={picture}: can't be written: {e}.") from e
+    draw({config.schedule.name: (steps, found)}, picture)
     print(f"picture {picture}")
 
 
