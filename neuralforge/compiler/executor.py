@@ -49,10 +49,14 @@ class Program:
         exec(compile(source, "<neuralforge program>", "exec"), self._namespace)
         return self._namespace.pop("program")
 
+    def _bind_again(self) -> None:
+        """If another program has taken the arena, or a constant's memory isn't that which views were made of."""
+        if self._run is None or any([t.data_ptr() != at for t, at in self._viewed]):
+            self._bind()
+
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
         with self.arena.lock, _as_captured():
-            if self._run is None or any([t.data_ptr() != at for t, at in self._viewed]):
-                self._bind()
+            self._bind_again()
             return self._run(*tensors)
 
     def timed(self, *tensors: torch.Tensor) -> dict[Equation, float]:
@@ -69,8 +73,7 @@ class Program:
 
         laps = [text for n, line in enumerate(lines) for text in (line, f"    lap({n})")]
         with self.arena.lock, _as_captured():
-            if self._run is None or any([t.data_ptr() != at for t, at in self._viewed]):
-                self._bind()
+            self._bind_again()
             self._namespace["lap"] = lap
             run = self._defined("\n".join([head, *laps, last]))
             before = time.perf_counter()

@@ -195,11 +195,11 @@ class Outside:
 
     def __init__(self, tensors: list[torch.Tensor], modules: Iterable[nn.Module]):
         self.tensors, self.alike, known = tensors, _alike(tensors), set(map(id, tensors))
-        kept = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
-        self.places = [(where, name, t) for where in kept for name, t in where.items() if id(t) in known]
+        tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        self.places = [(table, name, t) for table in tables for name, t in table.items() if id(t) in known]
 
     def holds(self) -> bool:
-        return self.alike(*self.tensors) and all([where.get(name) is t for where, name, t in self.places])
+        return self.alike(*self.tensors) and all([table.get(name) is t for table, name, t in self.places])
 
 
 def _alike(tensors: list[torch.Tensor]) -> Callable[..., bool]:

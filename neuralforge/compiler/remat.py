@@ -70,7 +70,6 @@ class _Search:
         self.graph, self.kernels, self.donated = graph, dict(kernels), donated
         self.names = itertools.count()
         self.tried: set[Value] = set()
-        self.producers: dict[Value, Equation] = {}
         self.apart: dict[Equation, list[Equation]] = {}
         self.known_seconds: dict[Equation, float] = {}
         self.plan = self._planned(graph)
@@ -132,7 +131,8 @@ class _Search:
         for i, eq in enumerate(self.graph.equations):
             for v in {root_of(plan.roots, v) for v in eq.inputs}:
                 uses.setdefault(v, []).append(i)
-        self.producers = {} if fused_only else self.graph.producers()
+        # What may run again only for others that do.
+        makers = {} if fused_only else self.graph.producers()
         able = [
             (i, candidate)
             for i, eq in enumerate(self.graph.equations)
@@ -141,13 +141,15 @@ class _Search:
             if isinstance(candidate.op, Fused) or not fused_only
         ]
         for moment in sorted(range(len(plan.in_use)), key=lambda i: -plan.in_use[i])[:8]:
-            steps = [step for i, eq in able if i < moment and (step := self._step(eq, moment, uses)) is not None]
+            steps = [step for i, eq in able if i < moment and (step := self._step(eq, moment, uses, makers)) is not None]
             if steps:
                 best = max(step.score for step in steps)
                 return sorted((step for step in steps if step.score > 0.9 * best), key=lambda step: -step.score)
         return []
 
-    def _step(self, eq: Equation, moment: int, uses: dict[Value, list[int]]) -> Step | None:
+    def _step(
+        self, eq: Equation, moment: int, uses: dict[Value, list[int]], makers: dict[Value, Equation]
+    ) -> Step | None:
         """Dropping, at `moment`, what `eq` computed before, and computing it again for the next reader."""
         plan, waiting = self.plan, []
         for v in eq.results:
@@ -162,20 +164,22 @@ class _Search:
             return None
         at = min(reader for _, reader in waiting)
         freed, best = sum(v.nbytes for v, _ in waiting), None
-        for most in range(CHAIN + 1 if self.producers else 1):
-            equations, kept = self._chain(eq, moment, most)
+        for most in range(CHAIN + 1 if makers else 1):
+            equations, kept = self._chain(eq, moment, makers, most)
             seconds = sum(self._seconds(again) for again in equations if not is_view(again))
             if freed > kept and (best is None or (freed - kept) / seconds > best.score):
                 best = Step(equations, [v for v, _ in waiting], at, seconds, (freed - kept) / seconds)
         return best
 
-    def _chain(self, eq: Equation, moment: int, most: int) -> tuple[list[Equation], int]:
-        """`eq` with up to `most` equations before it (and views between them) that make what it reads and what is gone at `moment`;
+    def _chain(
+        self, eq: Equation, moment: int, makers: dict[Value, Equation], most: int
+    ) -> tuple[list[Equation], int]:
+        """`eq` with up to `most` of the `makers` before it (and views between them) of what it reads and what is gone at `moment`;
         and the bytes that would have to be kept all the same."""
         chain, kept, plan = [eq], set(), self.plan
         todo = list(eq.inputs)
         for v in todo:  # which grows
-            root, maker = root_of(plan.roots, v), self.producers.get(v)
+            root, maker = root_of(plan.roots, v), makers.get(v)
             if root not in plan.birth or plan.death[root] >= moment:
                 continue
             if v is not root and maker is not None:  # a view of what may be made again

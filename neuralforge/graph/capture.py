@@ -151,11 +151,14 @@ class Capture(Tracer):
                 f"outlives that. It has no values: return what is needed outside from that function."
             )
         if id(x) not in self._constants:
-            self._constants[id(x)] = self._negated(x) if x.is_neg() else self._new(self._fake(x))
+            self._constants[id(x)] = self._negated(x) if x.is_neg() else self._constant(x)
             self._outside.append(x)
-            if not x.is_neg():
-                self.graph.constants[self._constants[id(x)]] = x
         return self._constants[id(x)]
+
+    def _constant(self, x: torch.Tensor) -> Value:
+        value = self._new(self._fake(x))
+        self.graph.constants[value] = x
+        return value
 
     def _negated(self, x: torch.Tensor) -> Value:
         """A view from outside that is still to be negated, computed: kernels read memory."""

@@ -48,10 +48,7 @@ def simplify(graph: Graph) -> Graph:
     def simpler(eq: Equation) -> Any:
         if eq.op is aten.select_scatter.default:
             written.note(eq)
-        if eq.op is aten.select.int:
-            found = written.selected(eq)
-        else:
-            found = _without_empty_parts(eq) if eq.op is aten.cat.default else _simpler(eq, producers)
+        found = written.selected(eq) if eq.op is aten.select.int else _simpler(eq, producers)
         if isinstance(found, Equation):
             producers.update((v, found) for v in found.results)
         return found
@@ -73,6 +70,8 @@ def _without_empty_parts(eq: Equation) -> Value | Equation:
 
 def _simpler(eq: Equation, producers: dict[Value, Equation]) -> Value | Equation:
     """A value equal to the result of `eq`, or an equation for it, which may be `eq` and may read from further back."""
+    if eq.op is aten.cat.default:
+        return _without_empty_parts(eq)
     if not isinstance(eq.outputs, Value) or not eq.args or not isinstance(eq.args[0], Value):
         return eq
     x, y = eq.args[0], eq.outputs
