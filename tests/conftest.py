@@ -1,5 +1,6 @@
 """What tests of several folders share."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,25 @@ def isa(request, monkeypatch):
     except KernelError:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """`mounted(name, options)`: a folder with a file system of its own, in memory ("size=300k", "ro", ...). Skips the test where
+    none can be mounted."""
+    folders = []
+
+    def mount(name, options):
+        folder = tmp_path / name
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("file systems can't be mounted here")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def emulate_tiles(monkeypatch):

@@ -1,6 +1,5 @@
 import errno
 import os
-import subprocess
 
 import pytest
 
@@ -9,15 +8,9 @@ from neuralforge.files import atomic_folder, clear_leftovers, disk_errors, write
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A disk of one megabyte."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mounted("small", "size=1m")
 
 
 def test_a_full_disk_keeps_the_old_file(small_disk):

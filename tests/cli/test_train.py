@@ -301,22 +301,16 @@ def test_a_corrupted_checkpoint(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kilobytes, message", [(400, "disk is full.* MB are free"), (640, "run: the disk is full.* MB are free")])
-def test_a_full_disk(kilobytes, message, text, tmp_path, capsys):
+def test_a_full_disk(kilobytes, message, text, mounted, capsys):
     """The disk fills up with the second checkpoint, or with the curve at the end."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        assert main(["train", *text, "--steps=20", f"--out={disk / 'run'}"]) == 2
-        error = " ".join(capsys.readouterr().err.split())
-        assert re.search(message, error), error
-        left = [p.name for p in (disk / "run" / "checkpoints").iterdir()]
-        assert left and not any(".tmp" in name for name in left)
-        load(latest(disk / "run" / "checkpoints"))
-        run = disk / "run"
-        assert {p.suffix for p in run.iterdir()} <= {"", ".toml", ".json", ".jsonl", ".png", ".svg"}
-        assert all(p.read_bytes().rstrip().endswith(b"</svg>") for p in run.glob("*.svg"))
-        assert all(p.read_bytes().endswith(b"IEND\xaeB`\x82") for p in run.glob("*.png"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    disk = mounted("disk", f"size={kilobytes}k")
+    assert main(["train", *text, "--steps=20", f"--out={disk / 'run'}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+    left = [p.name for p in (disk / "run" / "checkpoints").iterdir()]
+    assert left and not any(".tmp" in name for name in left)
+    load(latest(disk / "run" / "checkpoints"))
+    run = disk / "run"
+    assert {p.suffix for p in run.iterdir()} <= {"", ".toml", ".json", ".jsonl", ".png", ".svg"}
+    assert all(p.read_bytes().rstrip().endswith(b"</svg>") for p in run.glob("*.svg"))
+    assert all(p.read_bytes().endswith(b"IEND\xaeB`\x82") for p in run.glob("*.png"))

@@ -159,22 +159,14 @@ def test_a_corrupted_cache_says_what_to_delete(folder, tmp_path):
         prepare(str(folder), tmp_path / "cache", 300, 0.1)
 
 
-def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    source = tmp_path / "long.txt"
+def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, mounted):
+    small, source = mounted("small", "size=300k"), tmp_path / "long.txt"
     source.write_text("".join(document(i) for i in range(5000)))
-    try:
-        with pytest.raises(DataError, match=r"small/cache: the disk is full: .* and 0\.3 MB are free") as error:
-            prepare(str(source), small / "cache", 270, 0.05)
-        needed = float(str(error.value).split("about ")[1].split(" MB")[0]) * 1e6
-        assert not tree(small / "cache")
-        subprocess.run(["mount", "-o", f"remount,size={int(needed * 1.05)}", str(small)], check=True)
-        prepare(str(source), small / "cache", 270, 0.05)  # with the room it asked for it goes through
-        used = sum((small / "cache" / name).stat().st_size for name in tree(small / "cache"))
-        assert used == pytest.approx(needed, rel=0.05)
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
+    with pytest.raises(DataError, match=r"small/cache: the disk is full: .* and 0\.3 MB are free") as error:
+        prepare(str(source), small / "cache", 270, 0.05)
+    needed = float(str(error.value).split("about ")[1].split(" MB")[0]) * 1e6
+    assert not tree(small / "cache")
+    subprocess.run(["mount", "-o", f"remount,size={int(needed * 1.05)}", str(small)], check=True)
+    prepare(str(source), small / "cache", 270, 0.05)  # with the room it asked for it goes through
+    used = sum((small / "cache" / name).stat().st_size for name in tree(small / "cache"))
+    assert used == pytest.approx(needed, rel=0.05)

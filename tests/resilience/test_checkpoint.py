@@ -253,14 +253,9 @@ def test_everything_is_flushed_before_it_is_named(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    return mounted("disk", "size=2M")
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
