@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from neuralforge.compiler import products
 from neuralforge.errors import KernelError
 from neuralforge.kernels import native, toolchain
 
@@ -57,3 +58,18 @@ def threads_restored():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Called with a choice, that is made for every product, as if it had been timed so; none is remembered."""
+
+    def timed(choice: str, own: float = 1.0, copy: float = 1.0) -> None:
+        def get(self, key, measure):
+            self.table[key] = {"choice": choice, "seconds": {"aten": 1.0, "own": own}, "copy": copy}
+            return choice
+
+        monkeypatch.setattr(products.Choices, "get", get)
+        monkeypatch.setattr(products.Choices, "save", lambda self: None)
+
+    return timed

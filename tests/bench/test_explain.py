@@ -82,7 +82,8 @@ def test_memory_in_use_stays_below_the_planned_peak(told):
     assert 0 < max(in_use) <= told.plan.peak_bytes
 
 
-def test_max_rewrites(monkeypatch):
+def test_max_rewrites(monkeypatch, timed):
+    timed("own")
     x = torch.randn(64, 64)
     f = lambda x: (x.exp().sin() @ x).tanh().exp()
     made = lambda most: [

@@ -4,22 +4,7 @@ import pytest
 import torch
 
 import neuralforge as nf
-from neuralforge.compiler import compiled, products
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Called with a choice, that is made for every product, as if it had been timed so; none is remembered."""
-
-    def timed(choice: str, own: float = 1.0, copy: float = 1.0) -> None:
-        def get(self, key, measure):
-            self.table[key] = {"choice": choice, "seconds": {"aten": 1.0, "own": own}, "copy": copy}
-            return choice
-
-        monkeypatch.setattr(products.Choices, "get", get)
-        monkeypatch.setattr(products.Choices, "save", lambda self: None)
-
-    return timed
+from neuralforge.compiler import compiled
 
 
 @pytest.fixture
