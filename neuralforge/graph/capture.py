@@ -24,6 +24,7 @@ from . import gradient_mode, source
 from .fake import TENSORS, FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
+from .operators import is_random
 from .source import line_of, origin, user_line
 from .tracer import Tracer
 from .tree import TreeSpec, tree_flatten, tree_unflatten
@@ -73,6 +74,8 @@ class Capture(Tracer):
         self._partial: set[int] = set()  # storages of inputs that are views of larger tensors outside
         self._names = itertools.count()
         self._constants_only = False
+        with _disable_current_modes():
+            self._generator = torch.get_rng_state()
 
     def input(self, tensor: torch.Tensor) -> torch.Tensor:
         """A new graph input shaped like `tensor`; returns the fake tensor that stands for it."""
@@ -90,6 +93,8 @@ class Capture(Tracer):
             args, kwargs = map_tree(self._detach, (args, kwargs))  # vmap's graphs are differentiated later
         arg_values, kwarg_values = map_tree(self.value, args), map_tree(self.value, kwargs)
         fakes = map_tree(lambda leaf: leaf.fake if isinstance(leaf, Value) else leaf, (arg_values, kwarg_values))
+        if is_random(func):
+            self.check_seeds()
         try:
             out = func(*fakes[0], **fakes[1])
         except (DataDependentOutputException, DynamicOutputShapeException) as e:
@@ -177,6 +182,17 @@ class Capture(Tracer):
                 f"tensor as an argument and return its new value."
             )
 
+    def check_seeds(self) -> None:
+        """Raises CaptureError if the function has seeded torch's generator of random numbers so far."""
+        with _disable_current_modes():
+            now = torch.get_rng_state()
+            seeded = not torch.equal(now, self._generator) and torch.equal(now, torch.Generator().manual_seed(torch.initial_seed()).get_state())
+        if seeded:
+            raise CaptureError(
+                f"{user_line()}: the function seeds torch's generator of random numbers, which a graph would not do in later calls. Seed "
+                f"it outside, or draw from nf.random with a key."
+            )
+
     def _fake(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) not in TENSORS:
             raise CaptureError(
@@ -223,24 +239,20 @@ def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) 
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
-    with _disable_current_modes():
-        generator = torch.get_rng_state()
     with _disable_current_modes(), gradient_mode.differentiating(), _unvalidated(), mode.fake_mode, mode:
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
             result = f(*tree_unflatten(fakes, tree))
         except RuntimeError as e:
-            if not any(words in str(e) for words in _ASKS_FOR_DATA):
+            why = next((why for words, why in _TOLD_OTHERWISE.items() if words in str(e)), None)
+            if why is None:
                 raise
-            raise CaptureError(
-                f"{line_of(e)}: the program asks for the data of a tensor (through .numpy(), .data_ptr(), torch.tensor of "
-                f"tensors, ...), which doesn't exist while a graph is captured. Use operators of torch (torch.stack for "
-                f"torch.tensor), or make an operator of the code that needs the data, with nf.opaque."
-            ) from e
+            raise CaptureError(f"{line_of(e)}: {why}") from e
         out, out_tree = tree_flatten(result)
         out = [mode.now(leaf) for leaf in out]
         written = {id(t): (t, new) for t, new in mode.external_writes()}
-    _check_done(out, generator)
+    mode.check_seeds()
+    _check_done(out)
     tensors = [t for t in fakes if isinstance(t, torch.Tensor)]
     writes = [i for i, t in enumerate(tensors) if id(t) in written]
     given = [written.pop(id(tensors[i]))[1] for i in writes]
@@ -266,28 +278,32 @@ def _unvalidated() -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
-def _check_done(out: list, generator: torch.Tensor) -> None:
-    """Raises CaptureError if the function has left something for later, or done something to be done in every call, that no graph
-    can hold. `generator` is the state of torch's before."""
+def _check_done(out: list) -> None:
+    """Raises CaptureError if the function has left something for later that no graph can hold."""
     later = next((x for x in out if inspect.isgenerator(x) or inspect.iscoroutine(x) or inspect.isasyncgen(x)), None)
     if later is not None:
         raise CaptureError(
             f"{user_line()}: the function returns a {type(later).__name__}, whose code would run after the graph was captured. Return "
             f"what it yields, as a list."
         )
-    with _disable_current_modes():
-        now = torch.get_rng_state()
-        seeded = not torch.equal(now, generator) and torch.equal(now, torch.Generator().manual_seed(torch.initial_seed()).get_state())
-    if seeded:
-        raise CaptureError(
-            f"{user_line()}: the function seeds torch's generator of random numbers, which a graph would not do in later calls. Seed it "
-            f"outside, or draw from nf.random with a key."
-        )
 
 
-_ASKS_FOR_DATA = (
-    ".numpy() is not supported", "data is not allocated yet", "Cannot access data pointer", "Cannot access storage",
-)  # fmt: skip
+_DATA = (
+    "the program asks for the data of a tensor (through .numpy(), .data_ptr(), torch.tensor of tensors, ...), which doesn't exist "
+    "while a graph is captured. Use operators of torch (torch.stack for torch.tensor), or make an operator of the code that needs "
+    "the data, with nf.opaque."
+)
+_TOLD_OTHERWISE = {
+    ".numpy() is not supported": _DATA,
+    "data is not allocated yet": _DATA,
+    "Cannot access data pointer": _DATA,
+    "Cannot access storage": _DATA,
+    "does not require grad and does not have a grad_fn": (
+        "torch.autograd (through .backward() or torch.autograd.grad) takes no part in a captured function. Take derivatives with "
+        "nf.grad or nf.value_and_grad of a function of the parameters (torch.func.functional_call calls a module with them)."
+    ),
+}
+"""What PyTorch's errors mean while a graph is captured, by words of theirs."""
 
 
 def _data_dependent(func: Callable) -> str:
@@ -296,7 +312,10 @@ def _data_dependent(func: Callable) -> str:
             "the program asks for the value of a tensor (through `if`, `while`, `.item()`, `int()` or `float()`), "
             "which isn't known while a graph is captured"
         )
-        mend = "Use torch.where (or arithmetic) to choose between results, or move the decision outside the function"
+        mend = (
+            "Use torch.where (or arithmetic) to choose between results, x[i.reshape(1)] where the tensor i of one number is an index, "
+            "or move the decision outside the function"
+        )
     else:
         what = f"{func} gives a result whose shape depends on the data, which a captured graph can't hold"
         mend = "Use a masked operation of fixed shape (torch.where, multiplication by a mask), or move it outside"

@@ -200,10 +200,25 @@ def test_what_would_only_be_done_once_is_refused():
         torch.manual_seed(3)
         return x + torch.rand(2)
 
+    def seeded_for_now(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            return x + torch.rand(2)
+
+    def backward(x):
+        loss = (x.clone().requires_grad_() ** 2).sum()
+        loss.backward()
+
     with pytest.raises(CaptureError, match="returns a generator.*as a list"):
         nf.jit(numbers)(torch.ones(1))
     with pytest.raises(CaptureError, match="seeds torch's generator.*outside"):
         nf.jit(seeded)(torch.ones(2))
+    with pytest.raises(CaptureError, match="seeds torch's generator.*outside"):
+        nf.jit(seeded_for_now)(torch.ones(2))
+    with pytest.raises(CaptureError, match=r"test_never_stale.py:\d+: torch.autograd .* nf.grad"):
+        nf.jit(backward)(torch.ones(2))
+    with pytest.raises(CaptureError, match=r"test_never_stale.py:\d+: .* x\[i.reshape\(1\)\] where the tensor i"):
+        nf.jit(lambda x, i: x[i])(torch.ones(2), torch.tensor(1))
 
 
 def test_slices_are_static(captures):
