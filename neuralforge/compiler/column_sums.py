@@ -13,7 +13,7 @@ from ..graph.ir import Equation, Graph, Value
 from ..kernels import matmul
 from .epilogue import views_of
 from .kernels import Kernel
-from .passes.patterns import Program
+from .passes.dataflow import Dataflow
 from .passes.rewrites import make
 from .passes.views import reshaped
 from .products import Products
@@ -54,16 +54,16 @@ def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equa
     totals = [eq for eq in graph.equations if _sums_columns(eq)]
     if not own or not totals:
         return graph, {}
-    program, pairs = Program(graph), {}
-    gradients = {_memory(program, program.producers[eq.args[0]].args[0]): eq for eq in own if _transposed(program, eq)}
+    flow, pairs = Dataflow(graph), {}
+    gradients = {_memory(flow, flow.producers[eq.args[0]].args[0]): eq for eq in own if _transposed(flow, eq)}
     gradients.pop(None, None)
     for total in totals:
-        product = gradients.get(_memory(program, total.args[0]))
+        product = gradients.get(_memory(flow, total.args[0]))
         if product is None or product in pairs:
             continue
-        at, views = program.position[product], views_of(total.outputs, program.users)
-        readers = [eq for v in (total, *views) for eq in program.users.get(v.outputs, ()) if eq not in views]
-        if any(program.position[eq] < at for eq in readers) or program.place(total.args[0]) > at:
+        at, views = flow.position[product], views_of(total.outputs, flow.users)
+        readers = [eq for v in (total, *views) for eq in flow.users.get(v.outputs, ()) if eq not in views]
+        if any(flow.position[eq] < at for eq in readers) or flow.place(total.args[0]) > at:
             continue
         if make("column_sums", total.source, f"{total.outputs.fake.numel()} columns, with the product {product.source}"):
             pairs[product] = total, views
@@ -85,8 +85,8 @@ def _fits(product: Equation) -> bool:
     return product.outputs.dtype == torch.float32 and contiguous(product.outputs)
 
 
-def _transposed(program: Program, product: Equation) -> bool:
-    maker = program.producers.get(product.args[0])
+def _transposed(flow: Dataflow, product: Equation) -> bool:
+    maker = flow.producers.get(product.args[0])
     return maker is not None and maker.op is aten.t.default
 
 
@@ -98,8 +98,8 @@ def _sums_columns(eq: Equation) -> bool:
     return ndim > 1 and sorted(d % ndim for d in eq.args[1]) == list(range(ndim - 1))
 
 
-def _memory(program: Program, v: Value) -> tuple[Value, int] | None:
+def _memory(flow: Dataflow, v: Value) -> tuple[Value, int] | None:
     """What `v` lies in, and of how many columns; None unless `v` is contiguous and all of that, in its order."""
-    root, dims = program.trace(v)
+    root, dims = flow.trace(v)
     whole = contiguous(v) and contiguous(root) and reshaped(dims, root.shape, v.shape)
     return (root, v.shape[-1]) if whole else None

@@ -22,7 +22,7 @@ from .epilogue import Product
 from .fuse import Fused
 from .kernels import Kernel
 from .layout import Layout
-from .passes.patterns import Program
+from .passes.dataflow import Dataflow
 from .passes.rewrites import make
 from .plan import is_view, root_of, view_roots
 from .pointwise import price
@@ -145,17 +145,17 @@ def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph
 
 def _found(graph: Graph, kernels: dict[Equation, Kernel]) -> Iterator[tuple[Equation, list[tuple[Equation, Value, Maker]]]]:
     """Equations that products can make on the way; and the products, the factors, and what makes these."""
-    program, roots = Program(graph), view_roots(graph)
+    flow, roots = Dataflow(graph), view_roots(graph)
     last = {root_of(roots, v): i for i, eq in enumerate(graph.equations) if not is_view(eq) for v in eq.inputs}
     for eq in graph.equations:
         group = _group(eq)
-        readers = _readers(program, group.results[0], kernels) if group is not None else None
+        readers = _readers(flow, group.results[0], kernels) if group is not None else None
         makers = _made(group, readers) if readers else None
         if not makers:
             continue
-        until = max(program.position[product] for product, _, _ in readers)
+        until = max(flow.position[product] for product, _, _ in readers)
         read = {root_of(roots, v) for v in group.inputs}
-        longer = [v for v in read if v in program.producers and v not in program.results and last[v] < until]
+        longer = [v for v in read if v in flow.producers and v not in flow.results and last[v] < until]
         if sum(v.nbytes for v in longer) <= group.results[0].nbytes:  # they live on in its place
             yield eq, [(product, v, maker) for (product, v, _), maker in zip(readers, makers)]
 
@@ -173,16 +173,16 @@ def _group(eq: Equation) -> Equation | None:
     return Equation(op, (eq.args[0],), {}, (eq.outputs,), eq.source, eq.origin)
 
 
-def _readers(program: Program, v: Value, kernels: dict[Equation, Kernel]) -> list[tuple[Equation, Value, list[Equation]]] | None:
+def _readers(flow: Dataflow, v: Value, kernels: dict[Equation, Kernel]) -> list[tuple[Equation, Value, list[Equation]]] | None:
     """The products, what of them `v` is, and the views in between; None if anything else reads `v`."""
-    if v in program.results:
+    if v in flow.results:
         return None
     found = []
-    for eq in program.users.get(v, []):
+    for eq in flow.users.get(v, []):
         if is_view(eq):
             if not isinstance(eq.outputs, Value) or eq.outputs.fake.numel() != v.fake.numel():
                 return None
-            further = _readers(program, eq.outputs, kernels)
+            further = _readers(flow, eq.outputs, kernels)
             if further is None:
                 return None
             found += [(product, x, [eq, *views]) for product, x, views in further]

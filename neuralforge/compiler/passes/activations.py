@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ...graph.ir import Equation, Value
-from .patterns import Match, Program
+from .dataflow import Dataflow
+from .patterns import Match
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -25,11 +26,11 @@ TOLERANCE = 1e-6
 """Constants are written with some digits only."""
 
 
-def activations_by_hand(program: Program) -> Iterator[Match]:
+def activations_by_hand(flow: Dataflow) -> Iterator[Match]:
     """GELU by erf or tanh, and SiLU."""
-    for eq in program.graph.equations:
+    for eq in flow.graph.equations:
         if _packet(eq) in _CURVED and eq.outputs.dtype.is_floating_point and not eq.origin.startswith("vjp"):
-            match = next(_matches(program, eq), None)
+            match = next(_matches(flow, eq), None)
             if match is not None:
                 yield match
 
@@ -38,30 +39,30 @@ def _packet(eq: Equation) -> object:
     return getattr(eq.op, "overloadpacket", None)
 
 
-def _matches(program: Program, curved: Equation) -> Iterator[Match]:
+def _matches(flow: Dataflow, curved: Equation) -> Iterator[Match]:
     """Products that the curved function is in, each with what it may be a function of."""
     near = [curved]
     for eq in near:
-        users = program.users.get(eq.outputs, ())
+        users = flow.users.get(eq.outputs, ())
         near += [user for user in users if _packet(user) in _PLAIN and user not in near and len(near) < NEAR]
     for end in near[1:]:
         if _packet(end) not in (aten.mul, aten.div) or end.outputs.shape != curved.outputs.shape:
             continue
-        for x in _operands(program, end, curved):
-            equations = program.between([end.outputs], {x})
+        for x in _operands(flow, end, curved):
+            equations = flow.between([end.outputs], {x})
             found = _known(equations, x, end.outputs)
             if found is not None:
                 replacement = lambda env, x=x, f=ACTIVATIONS[found]: [f(env[x])]
                 yield Match(equations, [end.outputs], replacement, found, ("activation", found))
 
 
-def _operands(program: Program, end: Equation, curved: Equation) -> list[Value]:
+def _operands(flow: Dataflow, end: Equation, curved: Equation) -> list[Value]:
     """Values of which `end` may be a function, and `curved` with it: read more than once on the way."""
     seen, reads, todo = {end}, {}, [end]
     while todo and len(seen) <= FAR:
         for v in todo.pop().inputs:
             reads[v] = reads.get(v, 0) + 1
-            maker = program.producers.get(v)
+            maker = flow.producers.get(v)
             if maker is not None and maker not in seen and (maker is curved or _packet(maker) in _PLAIN):
                 seen.add(maker)
                 todo.append(maker)

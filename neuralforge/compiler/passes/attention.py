@@ -11,7 +11,8 @@ import torch
 
 from ...graph.ir import Equation, Value
 from ...kernels import attention as kernel
-from .patterns import Match, Program
+from .dataflow import Dataflow
+from .patterns import Match
 from .views import Dims, Run, arrange, compose, inverse, natural, regroup, size, viewed
 
 aten = torch.ops.aten
@@ -20,15 +21,15 @@ HIDDEN = -1e4
 """A score replaced by this or less has a weight of 0, unless all of its row are."""
 
 
-def attention(program: Program) -> Iterator[Match]:
+def attention(flow: Dataflow) -> Iterator[Match]:
     """softmax(scale q k^T + mask) v, in any of the ways it is written: by `@`, `einsum`, `bmm` or `baddbmm`; scaled by
     multiplication or division; masked by `masked_fill`, `where` or addition, before scaling or after; the softmax in a
     wider dtype; heads of keys repeated for groups of queries."""
-    for eq in program.graph.equations:
+    for eq in flow.graph.equations:
         if eq.op is aten._softmax.default and eq.args[1] in (-1, eq.outputs.fake.dim() - 1):
-            for product, dims in _weighted(program, eq.outputs, natural(eq.outputs.shape)):
+            for product, dims in _weighted(flow, eq.outputs, natural(eq.outputs.shape)):
                 for operands_scaled in (True, False):  # the second if others read what the first leaves out
-                    found = _match(program, eq, product, dims, operands_scaled)
+                    found = _match(flow, eq, product, dims, operands_scaled)
                     if found is not None:
                         yield found
                     if found is None or not operands_scaled or not found.key[-1]:
@@ -47,15 +48,15 @@ class Scores:
     times the factor."""
 
 
-def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> Scores | None:
+def _scores(flow: Dataflow, v: Any, dims: Dims | None, scale: float = 1.0) -> Scores | None:
     """The scores `v`, of which `dims` is a view and which are multiplied by `scale` further down."""
-    eq = program.producers.get(v) if isinstance(v, Value) else None
+    eq = flow.producers.get(v) if isinstance(v, Value) else None
     if eq is None or dims is None:
         return None
-    up = lambda x, factor=1.0: _scores(program, x, dims, scale * factor)
+    up = lambda x, factor=1.0: _scores(flow, x, dims, scale * factor)
     through = viewed(eq)
     if through is not None:
-        return _scores(program, eq.args[0], compose(dims, through, v.shape), scale)
+        return _scores(flow, eq.args[0], compose(dims, through, v.shape), scale)
     if eq.op in PRODUCTS:
         found = Scores(eq, dims, scale)
         if eq.op is aten.baddbmm.default:
@@ -64,7 +65,7 @@ def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> 
         return found if _whole(dims, v) or not found.masks else None
     if eq.op is aten._to_copy.default:
         return up(eq.args[0]) if v.dtype.is_floating_point and eq.args[0].dtype.is_floating_point else None
-    scaled = _scaled(program, eq)
+    scaled = _scaled(flow, eq)
     if scaled is not None:
         return up(*scaled)
     if eq.op in (aten.mul.Tensor, aten.div.Tensor):
@@ -77,12 +78,12 @@ def _scores(program: Program, v: Any, dims: Dims | None, scale: float = 1.0) -> 
     return None
 
 
-def _scaled(program: Program, eq: Equation) -> tuple[Value, float] | None:
+def _scaled(flow: Dataflow, eq: Equation) -> tuple[Value, float] | None:
     """What is multiplied by a number, and by which."""
     for x, factor in (eq.args, eq.args[::-1]) if eq.op in (aten.mul.Tensor, aten.div.Tensor) else ():
         number = factor
         if isinstance(factor, Value):
-            number = program.literal(factor) if factor.fake.numel() == 1 else None
+            number = flow.literal(factor) if factor.fake.numel() == 1 else None
         if number is not None and isinstance(x, Value) and (eq.op is aten.mul.Tensor or factor is eq.args[1]):
             number = float(number)
             return x, number if eq.op is aten.mul.Tensor else 1 / number if number else math.nan
@@ -110,14 +111,14 @@ def _whole(dims: Dims, v: Value) -> bool:
     )
 
 
-def _weighted(program: Program, v: Value, dims: Dims | None) -> Iterator[tuple[Equation, Dims]]:
+def _weighted(flow: Dataflow, v: Value, dims: Dims | None) -> Iterator[tuple[Equation, Dims]]:
     """The products whose left operand is a view `dims` of the weights, reached through `v`."""
-    for eq in program.users.get(v, ()):
+    for eq in flow.users.get(v, ()):
         through = viewed(eq)
         if through is not None:
-            yield from _weighted(program, eq.outputs, compose(through, dims, v.shape))
+            yield from _weighted(flow, eq.outputs, compose(through, dims, v.shape))
         elif eq.op is aten._to_copy.default and eq.outputs.dtype.is_floating_point:
-            yield from _weighted(program, eq.outputs, dims)
+            yield from _weighted(flow, eq.outputs, dims)
         elif eq.op in (aten.mm.default, aten.bmm.default) and eq.args[0] is v and dims is not None:
             yield eq, dims
 
@@ -127,11 +128,11 @@ def _batched(dims: Dims) -> Dims:
     return dims if len(dims) == 3 else ((), *dims)
 
 
-def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims, unscale: bool) -> Match | None:
+def _match(flow: Dataflow, softmax: Equation, weighted: Equation, p_dims: Dims, unscale: bool) -> Match | None:
     """`unscale`: queries and keys are taken before they were multiplied by a number, which is part of the scale then."""
     p = softmax.outputs
     last = len(p.shape) - 1
-    scores = _scores(program, softmax.args[0], natural(p.shape))
+    scores = _scores(flow, softmax.args[0], natural(p.shape))
     if scores is None or last < 1:
         return None
     # The weights [..., T, S] in terms of the products [N, M, S] and [N, M, K].
@@ -147,18 +148,18 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
 
     def of(v: Value, reader: Equation, places: Dims, inner: int) -> tuple[Value, Dims | None]:
         """An operand by the weights' batch dimensions, `places` in it, then T or S and K."""
-        root, dims = program.root(v, reader)
+        root, dims = flow.root(v, reader)
         shape = (1, *v.shape)[-3:]
         axes = (*(d for d in places), natural(shape)[inner])
         return root, compose(axes, _batched(dims), shape)
 
     def before(v: Value, dims: Dims | None) -> tuple[Value, Dims | None, float]:
         """What an operand was before it was multiplied by a number, and by which."""
-        maker = program.producers.get(v)
-        scaled = _scaled(program, maker) if unscale and maker is not None and v not in program.results else None
+        maker = flow.producers.get(v)
+        scaled = _scaled(flow, maker) if unscale and maker is not None and v not in flow.results else None
         if scaled is None or scaled[0].shape != v.shape or scaled[0].dtype != v.dtype:
             return v, dims, 1.0
-        root, inner = program.root(scaled[0], maker)
+        root, inner = flow.root(scaled[0], maker)
         return root, compose(dims, inner, v.shape), scaled[1]
 
     repeated = tuple(tuple(run if run.axis == 0 else Run(None, run.size, 0) for run in dim) for dim in where[: last - 1])
@@ -182,7 +183,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     q4 = regroup(q_dims, (B, H, T, K))
     k4, v4 = (_grouped(d, B, H, r, S, K) for d in (k_dims, v_dims))
     # The result: its view in terms of the weights' dimensions and K, those in terms of [B, H, T, K].
-    out, out_dims = program.last_view(weighted.outputs)
+    out, out_dims = flow.last_view(weighted.outputs)
     flat = regroup(natural((B, H, T, K)), (*p.shape[:last], K))
     flat_p = (*flat[:last], (), flat[last])
     product_shape = (1, *weighted.outputs.shape)[-3:]
@@ -197,7 +198,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
     )
     if y_dims is None:
         return None
-    masks = _Masks.of(program, scores.masks, p.shape, B, H)
+    masks = _Masks.of(flow, scores.masks, p.shape, B, H)
     with q.fake.fake_mode:
         fakes = [v.fake.new_empty((B, h, t, K)) for v, h, t in ((q, H, T), (k, H // r, S), (v, H // r, S))]
     if masks is None or not kernel.native(*fakes):
@@ -209,7 +210,7 @@ def _match(program: Program, softmax: Equation, weighted: Equation, p_dims: Dims
         results = kernel.flash_attention(query, arrange(env[k], k4), arrange(env[v], v4), scale=scale, **options)
         return [arrange(results[0], y_dims)]
 
-    equations = program.between([out], {q, k, v, *masks.read})
+    equations = flow.between([out], {q, k, v, *masks.read})
     reason = f"{B} x {H} heads{f' in groups of {r}' if r > 1 else ''}, {T} x {S} weights of width {K}, {masks.reason}"
     return Match(equations, [out], replacement, reason, (B, H, r, scale, masks.key, (q_scale, k_scale) != (1.0, 1.0)))
 
@@ -254,7 +255,7 @@ class _Masks:
         self.reason = "no mask" if not masks else "a mask"
 
     @staticmethod
-    def of(program: Program, masks: list, shape: tuple[int, ...], B: int, H: int) -> _Masks | None:
+    def of(flow: Dataflow, masks: list, shape: tuple[int, ...], B: int, H: int) -> _Masks | None:
         """None where flash attention has nothing like them."""
         read = []
         for mask, fill, scale, scores in masks:
@@ -262,17 +263,17 @@ class _Masks:
             if not isinstance(value, Value):
                 return None
             if fill is not None:
-                number = program.literal(fill)
+                number = flow.literal(fill)
                 if number is None or number.numel() != 1 or not float(number) * scale <= HIDDEN:
                     return None
                 fill = float(number) * scale
             elif not value.dtype.is_floating_point and value.dtype != torch.bool:
                 return None
-            while (eq := program.producer(value, aten.expand)) is not None:
+            while (eq := flow.producer(value, aten.expand)) is not None:
                 value = eq.args[0]
             read.append(((value, negated), fill, scale, scores))
         found = _Masks(read, shape, B, H)
-        literal = [program.literal(v) for v in found.read]
+        literal = [flow.literal(v) for v in found.read]
         if masks and all(x is not None for x in literal):
             found._recognise(dict(zip(found.read, literal)))
         return found

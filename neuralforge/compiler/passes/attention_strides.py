@@ -12,8 +12,8 @@ import torch
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, substitute
 from ..attention import claim_attention
+from .dataflow import Dataflow
 from .layout import follow
-from .patterns import Program
 from .simplify import dead_code
 from .views import Dims, arrange, inverse
 
@@ -27,10 +27,10 @@ def attention_reads_in_place(graph: Graph) -> Graph:
     if not any(eq.op in (*_FORWARD, *_BACKWARD) for eq in graph.equations):
         return graph
     graph = _select_before_copying(graph)
-    program, builder = Program(graph), Builder(graph)
+    flow, builder = Dataflow(graph), Builder(graph)
     for eq in graph.equations:
         if eq.op in (*_FORWARD, *_BACKWARD):
-            there = {v: _there(program, builder, v, eq) for v in eq.inputs if v.fake.dim() == 4}
+            there = {v: _there(flow, builder, v, eq) for v in eq.inputs if v.fake.dim() == 4}
             eq = eq.reading({v: new for v, new in there.items() if new is not v})
         builder.equations.append(eq)
     return dead_code(graph.replace(equations=builder.equations))
@@ -38,12 +38,12 @@ def attention_reads_in_place(graph: Graph) -> Graph:
 
 def _select_before_copying(graph: Graph) -> Graph:
     """Parts of what is copied for their sake only are taken of the original."""
-    program, builder, env = Program(graph), Builder(graph), {}
+    flow, builder, env = Dataflow(graph), Builder(graph), {}
     try:
         for eq in graph.equations:
-            copy = program.producers.get(eq.args[0]) if eq.op is aten.select.int else None
-            if copy is not None and copy.op is aten.clone.default and copy.outputs not in program.results:
-                if all(user.op is aten.select.int for user in program.users[copy.outputs]):
+            copy = flow.producers.get(eq.args[0]) if eq.op is aten.select.int else None
+            if copy is not None and copy.op is aten.clone.default and copy.outputs not in flow.results:
+                if all(user.op is aten.select.int for user in flow.users[copy.outputs]):
                     eq = eq.reading({copy.outputs: copy.args[0]})
                     env.setdefault(copy.args[0], copy.args[0])
             follow(eq, env, builder)
@@ -52,10 +52,10 @@ def _select_before_copying(graph: Graph) -> Graph:
     return dead_code(graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env)))
 
 
-def _there(program: Program, builder: Builder, v: Value, reader: Equation) -> Value:
+def _there(flow: Dataflow, builder: Builder, v: Value, reader: Equation) -> Value:
     """A view of what `v` is a copy of, if rows lie in one piece there; else `v`."""
-    root, dims = program.trace(v)
-    copied = any(eq.op is aten.clone.default for eq in program.between([v], {root}))
+    root, dims = flow.trace(v)
+    copied = any(eq.op is aten.clone.default for eq in flow.between([v], {root}))
     if not copied or root.dtype != v.dtype:
         return v
     place = _strided(root.fake, dims)
@@ -71,12 +71,12 @@ def _strided(x: torch.Tensor, dims: Dims) -> torch.Tensor | None:
 
 def attention_writes_in_place(graph: Graph) -> Graph:
     """Give attention's results that are only concatenated, or copied, the strides of their places."""
-    program = Program(graph)
+    flow = Dataflow(graph)
     found: dict[Value, Value] = {}
     views: dict[Equation, list[tuple[Value, Dims]]] = {}  # what a concatenation or a copy reads, as views of such results
     for eq in reversed(graph.equations):  # the last copy of several
-        parts = _parts(program, eq)
-        placed = [_place(program, root, dims, whole) for root, dims, whole in parts]
+        parts = _parts(flow, eq)
+        placed = [_place(flow, root, dims, whole) for root, dims, whole in parts]
         roots = [root for root, _, _ in parts]
         if parts and None not in placed and found.keys().isdisjoint(roots) and len(set(roots)) == len(roots):
             found.update(zip(roots, placed))
@@ -106,17 +106,17 @@ def attention_writes_in_place(graph: Graph) -> Graph:
     return dead_code(graph.replace(equations=builder.equations, outputs=substitute(graph.outputs, env)))
 
 
-def _parts(program: Program, eq: Equation) -> list[tuple[Value, Dims, torch.Tensor]]:
+def _parts(flow: Dataflow, eq: Equation) -> list[tuple[Value, Dims, torch.Tensor]]:
     """What a copy, or a concatenation, puts together: of each part its root, as what view of that it is read, and its place."""
     if eq.op is aten.clone.default and eq.outputs.fake.is_contiguous():
-        return [(*program.root(eq.args[0], eq), eq.outputs.fake)]
+        return [(*flow.root(eq.args[0], eq), eq.outputs.fake)]
     if eq.op is not aten.cat.default:
         return []
     parts, at, whole = [], 0, eq.outputs.fake
     dim = (*eq.args, 0)[1] % whole.dim()
     for part in eq.args[0]:
-        root, dims = program.root(part, eq)
-        if len(program.users.get(root, ())) > 1 or part.fake.dim() != whole.dim():
+        root, dims = flow.root(part, eq)
+        if len(flow.users.get(root, ())) > 1 or part.fake.dim() != whole.dim():
             return []
         with whole.fake_mode:
             parts.append((root, dims, whole.narrow(dim, at, part.shape[dim])))
@@ -124,12 +124,12 @@ def _parts(program: Program, eq: Equation) -> list[tuple[Value, Dims, torch.Tens
     return parts
 
 
-def _place(program: Program, v: Value, dims: Dims, whole: torch.Tensor) -> Value | None:
+def _place(flow: Dataflow, v: Value, dims: Dims, whole: torch.Tensor) -> Value | None:
     """`v`, of which `whole` is the view `dims`, with the strides of that; None if attention doesn't make it, or can't write it so."""
-    maker, back = program.producers.get(v), inverse(dims, tuple(v.shape))
+    maker, back = flow.producers.get(v), inverse(dims, tuple(v.shape))
     if maker is None or maker.op not in (*_FORWARD, *_BACKWARD) or v.fake.dim() != 4 or v.dtype != whole.dtype or back is None:
         return None
-    place = None if v in program.results or claim_attention(maker) is None else _strided(whole, back)
+    place = None if v in flow.results or claim_attention(maker) is None else _strided(whole, back)
     if place is None:
         return None
     with whole.fake_mode:

@@ -9,7 +9,7 @@ import torch
 
 from ...graph.ir import Equation, Graph
 from ...graph.operators import draws
-from .patterns import Program
+from .dataflow import Dataflow
 from .rewrites import make, refuse
 
 own = torch.ops.neuralforge
@@ -21,9 +21,9 @@ def join_losses(graph: Graph) -> Graph:
     for eq in graph.equations:
         if eq.op is not FORWARD:
             continue
-        program = Program(graph)
-        backward = _backward(program, eq)
-        early = _early(program, eq, backward) if backward is not None else None
+        flow = Dataflow(graph)
+        backward = _backward(flow, eq)
+        early = _early(flow, eq, backward) if backward is not None else None
         if backward is not None and early is None:
             refuse("join_losses", eq.source, "the cotangents of the losses depend on the losses")
         elif backward is not None and make("join_losses", eq.source, "{} rows of {}".format(*eq.args[0].shape)):
@@ -31,9 +31,9 @@ def join_losses(graph: Graph) -> Graph:
     return graph
 
 
-def _backward(program: Program, loss: Equation) -> Equation | None:
+def _backward(flow: Dataflow, loss: Equation) -> Equation | None:
     """The one that reads what the losses do."""
-    found = [eq for eq in program.users.get(loss.outputs[1], ()) if eq.op is BACKWARD]
+    found = [eq for eq in flow.users.get(loss.outputs[1], ()) if eq.op is BACKWARD]
     if len(found) != 1:
         return None
     _, logits, target, _, _, ignore = _arguments(found[0])
@@ -44,18 +44,18 @@ def _arguments(backward: Equation) -> tuple:
     return *backward.args, *(None, -100)[len(backward.args) - 4 :]
 
 
-def _early(program: Program, loss: Equation, backward: Equation) -> list[Equation] | None:
+def _early(flow: Dataflow, loss: Equation, backward: Equation) -> list[Equation] | None:
     """The equations after the loss that the cotangents need; None if these need the loss."""
     grad, *_, grad_lse, _ = _arguments(backward)
     early, todo = set(), [grad] if grad_lse is None else [grad, grad_lse]
     while todo:
-        eq = program.producers.get(todo.pop())
+        eq = flow.producers.get(todo.pop())
         if eq is loss or eq is not None and draws(eq.op, eq.args, eq.kwargs):
             return None
-        if eq is not None and eq not in early and program.position[eq] > program.position[loss]:
+        if eq is not None and eq not in early and flow.position[eq] > flow.position[loss]:
             early.add(eq)
             todo += eq.inputs
-    return sorted(early, key=program.position.__getitem__)
+    return sorted(early, key=flow.position.__getitem__)
 
 
 def _replaced(graph: Graph, loss: Equation, backward: Equation, early: list[Equation]) -> Graph:

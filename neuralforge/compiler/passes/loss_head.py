@@ -14,8 +14,8 @@ import torch
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value
 from ...kernels import linear_cross_entropy as kernel
+from .dataflow import Dataflow
 from .narrow import converts
-from .patterns import Program
 from .rewrites import make, refuse
 
 aten, own = torch.ops.aten, torch.ops.neuralforge
@@ -29,8 +29,8 @@ def chunk_loss_heads(graph: Graph) -> Graph:
     """Replace loss heads by neuralforge::linear_cross_entropy, or its form with gradients."""
     for eq in graph.equations:
         if eq.op in (LOSSES, TOGETHER):
-            program = Program(graph)
-            head = _find(program, eq)
+            flow = Dataflow(graph)
+            head = _find(flow, eq)
             if head is not None and make("chunk_loss_heads", eq.source, head.reason):
                 graph = _replaced(graph, head)
     return graph
@@ -57,31 +57,31 @@ class _Head:
         return {self.product, self.loss, *self.views, *self.dx, *self.db, *(eq for eq, _ in self.dw), *self.wide}
 
 
-def _find(program: Program, loss: Equation) -> _Head | None:
+def _find(flow: Dataflow, loss: Equation) -> _Head | None:
     logits, gradient = (loss.args[0], None) if loss.op is LOSSES else (loss.args[1], loss.outputs[2])
-    product = program.producers.get(logits)
+    product = flow.producers.get(logits)
     if product is None or product.op not in (aten.mm.default, aten.addmm.default) or product.kwargs:
         return None
     x, wt = product.args[-2:]
     bias = product.args[0] if product.op is aten.addmm.default else None
     rows, classes = logits.shape
     at_once = kernel.rows_at_once(rows, classes, logits.dtype)
-    if logits.nbytes < SMALL.get(logits.dtype, math.inf) or at_once == rows or logits in program.results:
+    if logits.nbytes < SMALL.get(logits.dtype, math.inf) or at_once == rows or logits in flow.results:
         return None
     if loss.op is TOGETHER and loss.args[3] is not None or bias is not None and tuple(bias.shape) != (logits.shape[1],):
         return None
-    readers = [eq.name for eq in program.users[logits] if eq is not loss]
+    readers = [eq.name for eq in flow.users[logits] if eq is not loss]
     if readers:
         refuse("chunk_loss_heads", loss.source, f"the logits are also read by {', '.join(readers)}")
         return None
     reason = f"{rows} rows of {classes}, {at_once} at a time" + (", with gradients" if gradient else "")
     head = _Head(product, loss, gradient, [], [], [], [], [], reason)
-    if gradient is not None and not _readers(program, head, gradient, gradient, x, wt):
+    if gradient is not None and not _readers(flow, head, gradient, gradient, x, wt):
         refuse("chunk_loss_heads", loss.source, "the gradient of the logits is read by others than the linear layer's")
         return None
     narrow = [eq.outputs for eq, _ in head.dw if eq.outputs.dtype != torch.float32]
-    readers = [reader for v in narrow for reader in program.users.get(v, ())]
-    if not program.results & set(narrow) and all(converts(eq, torch.float32) for eq in readers):
+    readers = [reader for v in narrow for reader in flow.users.get(v, ())]
+    if not flow.results & set(narrow) and all(converts(eq, torch.float32) for eq in readers):
         head.wide = readers
     # Gradients of weights in bfloat16 are summed up in float32.
     with x.fake.fake_mode:
@@ -92,14 +92,14 @@ def _find(program: Program, loss: Equation) -> _Head | None:
     return head
 
 
-def _readers(program: Program, head: _Head, v: Value, g: Value, x: Value, wt: Value) -> bool:
+def _readers(flow: Dataflow, head: _Head, v: Value, g: Value, x: Value, wt: Value) -> bool:
     """Sort the readers of `v`, the logits' gradient `g` or its transpose; False if one is none of the linear layer's."""
-    if v in program.results:
+    if v in flow.results:
         return False
-    whole = program.trace(g)[1]
-    straight = lambda a, b: program.trace(a) == program.trace(b)
-    turned = lambda a, b: (lambda p, q: p[0] is q[0] and tuple(p[1]) == tuple(q[1])[::-1])(program.trace(a), program.trace(b))
-    for eq in program.users.get(v, ()):
+    whole = flow.trace(g)[1]
+    straight = lambda a, b: flow.trace(a) == flow.trace(b)
+    turned = lambda a, b: (lambda p, q: p[0] is q[0] and tuple(p[1]) == tuple(q[1])[::-1])(flow.trace(a), flow.trace(b))
+    for eq in flow.users.get(v, ()):
         if eq.op is aten.mm.default and eq.args[0] is v and straight(v, g) and turned(eq.args[1], wt):
             head.dx.append(eq)
         elif eq.op is aten.mm.default and eq.args[0] is v and turned(v, g) and straight(eq.args[1], x):
@@ -108,11 +108,11 @@ def _readers(program: Program, head: _Head, v: Value, g: Value, x: Value, wt: Va
             head.dw.append((eq, True))
         elif eq.op is aten.sum.dim_IntList and straight(v, g) and _of_rows(eq, head):
             head.db.append(eq)
-        elif program.trace(eq.results[0])[0] is program.trace(g)[0] and tuple(program.trace(eq.results[0])[1]) in (
+        elif flow.trace(eq.results[0])[0] is flow.trace(g)[0] and tuple(flow.trace(eq.results[0])[1]) in (
             tuple(whole), tuple(whole)[::-1],
         ):  # fmt: skip
             head.views.append(eq)
-            if not _readers(program, head, eq.outputs, g, x, wt):
+            if not _readers(flow, head, eq.outputs, g, x, wt):
                 return False
         else:
             return False

@@ -9,7 +9,8 @@ import torch
 
 from ...graph.ir import Equation, Value
 from ...kernels import cross_entropy as kernel
-from .patterns import Match, Program
+from .dataflow import Dataflow
+from .patterns import Match
 from .views import Dims, arrange, compose, inverse, natural, regroup, size
 
 aten = torch.ops.aten
@@ -17,19 +18,19 @@ NONE, MEAN, SUM = range(3)
 Tensors = dict[Value, torch.Tensor]
 
 
-def negative_log_likelihood(program: Program) -> Iterator[Match]:
+def negative_log_likelihood(flow: Dataflow) -> Iterator[Match]:
     """nll_loss of log_softmax, as F.cross_entropy has it, with label smoothing too, which sums the rows."""
-    for eq in program.graph.equations:
+    for eq in flow.graph.equations:
         if eq.op not in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
             continue
         log_p, target, weight, reduction, ignore = eq.args
-        softmax, view = _log_softmax(program, log_p, 1)
+        softmax, view = _log_softmax(flow, log_p, 1)
         if softmax is None or weight is not None or log_p.fake.dim() < 2:
             continue
-        rows = _Rows.of(program, softmax.args[0], softmax, view, 1)
+        rows = _Rows.of(flow, softmax.args[0], softmax, view, 1)
         if rows is None:
             continue
-        sums = [user.outputs for user in program.users[softmax.outputs] if user.op is aten.sum.dim_IntList]
+        sums = [user.outputs for user in flow.users[softmax.outputs] if user.op is aten.sum.dim_IntList]
         sums = [v for v in sums if tuple(v.shape) == rows.shape][:1]
         if sums and rows.dims != natural(rows.root.shape):
             continue
@@ -45,28 +46,28 @@ def negative_log_likelihood(program: Program) -> Iterator[Match]:
 
         outputs = [loss, *sums, total]
         reason = f"{rows.reason}, {('of each row', 'mean', 'sum')[reduction]}" + (", with sums of rows" if sums else "")
-        equations = program.between(outputs, {rows.root, target})
+        equations = flow.between(outputs, {rows.root, target})
         key = ("nll", reduction, ignore, rows.key, bool(sums))
         yield Match(equations, outputs, replacement, reason, key, len(outputs) - 1)
 
 
-def _log_softmax(program: Program, v: Value, dim: int) -> tuple[Equation | None, Dims]:
+def _log_softmax(flow: Dataflow, v: Value, dim: int) -> tuple[Equation | None, Dims]:
     """The log-softmax over `dim` of which `v` is a view, and which view."""
-    source, view = program.trace(v)
-    softmax = program.producer(source, aten._log_softmax.default)
+    source, view = flow.trace(v)
+    softmax = flow.producer(source, aten._log_softmax.default)
     if softmax is None or softmax.args[2] or v.fake.dim() < 2:
         return None, view
     return (softmax if view[dim] == natural(source.shape)[softmax.args[1] % source.fake.dim()] else None), view
 
 
-def picked_log_softmax(program: Program) -> Iterator[Match]:
+def picked_log_softmax(flow: Dataflow) -> Iterator[Match]:
     """The log-softmax at the target: by gather, by indexing with arange, or by multiplying with a one-hot and summing."""
-    for eq in program.graph.equations:
-        pick = _picked(program, eq)
+    for eq in flow.graph.equations:
+        pick = _picked(flow, eq)
         if pick is None:
             continue
-        softmax, view = _log_softmax(program, pick.source, pick.dim)
-        rows = _Rows.of(program, softmax.args[0], softmax, view, pick.dim) if softmax is not None else None
+        softmax, view = _log_softmax(flow, pick.source, pick.dim)
+        rows = _Rows.of(flow, softmax.args[0], softmax, view, pick.dim) if softmax is not None else None
         if rows is None:
             continue
 
@@ -74,24 +75,24 @@ def picked_log_softmax(program: Program) -> Iterator[Match]:
             losses = -rows.losses(env, pick.index(env))[0]
             return [pick.result(losses).view(out.shape).to(out.dtype)]
 
-        equations = program.between([eq.outputs], {rows.root, pick.target})
+        equations = flow.between([eq.outputs], {rows.root, pick.target})
         yield Match(equations, [eq.outputs], replacement, f"{rows.reason}, {pick.how}", (pick.key, rows.key))
 
 
-def picked_logits(program: Program) -> Iterator[Match]:
+def picked_logits(flow: Dataflow) -> Iterator[Match]:
     """logsumexp(x) less x at the target; the logsumexp may be read by others too (z-loss)."""
-    for eq in program.graph.equations:
+    for eq in flow.graph.equations:
         if eq.op is not aten.sub.Tensor or eq.kwargs or not all(isinstance(x, Value) for x in eq.args):
             continue
-        total = program.producer(program.trace(eq.args[0])[0], aten.logsumexp.default)
-        found = program.producers.get(program.trace(eq.args[1])[0])
-        pick = _picked(program, found) if total is not None and found is not None else None
-        if pick is None or program.same(pick.source) is not program.same(total.args[0]):
+        total = flow.producer(flow.trace(eq.args[0])[0], aten.logsumexp.default)
+        found = flow.producers.get(flow.trace(eq.args[1])[0])
+        pick = _picked(flow, found) if total is not None and found is not None else None
+        if pick is None or flow.same(pick.source) is not flow.same(total.args[0]):
             continue
         x = total.args[0]
         if not x.shape or [d % x.fake.dim() for d in total.args[1]] != [pick.dim] or eq.outputs.fake.numel() != total.outputs.fake.numel():
             continue
-        rows = _Rows.of(program, x, None, natural(x.shape), pick.dim)
+        rows = _Rows.of(flow, x, None, natural(x.shape), pick.dim)
         if rows is None:
             continue
         outputs = [eq.outputs, total.outputs]
@@ -100,7 +101,7 @@ def picked_logits(program: Program) -> Iterator[Match]:
             losses, lse = rows.losses(env, pick.index(env))
             return [losses.view(shape).to(rows.root.dtype), lse.view(of_total).to(rows.root.dtype)]
 
-        equations = program.between(outputs, {rows.root, pick.target})
+        equations = flow.between(outputs, {rows.root, pick.target})
         yield Match(equations, outputs, replacement, f"{rows.reason}, {pick.how}", ("logits", pick.key, rows.key))
 
 
@@ -128,7 +129,7 @@ class _Pick:
         return picked.sum() if self.summed else picked
 
 
-def _picked(program: Program, eq: Equation) -> _Pick | None:
+def _picked(flow: Dataflow, eq: Equation) -> _Pick | None:
     if eq.op is aten.gather.default and not any(eq.kwargs.values()):
         x, dim, index = eq.args
         dim %= max(x.fake.dim(), 1)
@@ -143,15 +144,15 @@ def _picked(program: Program, eq: Equation) -> _Pick | None:
         if tuple(eq.outputs.shape) != grid:
             return None
         for d, index in enumerate(indices[:-1]):
-            known = program.literal(index)
+            known = flow.literal(index)
             count = torch.arange(grid[d]).view([-1 if i == d else 1 for i in range(ndim - 1)])
             if known is None or known.dim() > ndim - 1 or not torch.equal(known.expand(grid), count.expand(grid)):
                 return None
         return _Pick(x, ndim - 1, indices[-1], "by indices")
     if eq.op in (aten.sum.dim_IntList, aten.sum.default) and not eq.kwargs:
-        product = program.producer(eq.args[0], aten.mul.Tensor)
+        product = flow.producer(eq.args[0], aten.mul.Tensor)
         for x, hot in (product.args, product.args[::-1]) if product is not None else ():
-            target = _one_hot(program, hot)
+            target = _one_hot(flow, hot)
             if target is None or not isinstance(x, Value) or x.shape != hot.shape or not x.shape:
                 continue
             last = x.fake.dim() - 1
@@ -161,15 +162,15 @@ def _picked(program: Program, eq: Equation) -> _Pick | None:
     return None
 
 
-def _one_hot(program: Program, v: object) -> Value | None:
+def _one_hot(flow: Dataflow, v: object) -> Value | None:
     """The indices of which `v` is the one-hot, along the last dimension."""
-    while (eq := program.producer(v, aten._to_copy)) is not None:
+    while (eq := flow.producer(v, aten._to_copy)) is not None:
         v = eq.args[0]
-    eq = program.producer(v, aten.eq.Tensor)
+    eq = flow.producer(v, aten.eq.Tensor)
     if eq is None:
         return None
     target, classes = eq.args
-    known = program.literal(classes)
+    known = flow.literal(classes)
     lined_up = isinstance(target, Value) and target.shape and target.fake.dim() == v.fake.dim() and target.shape[-1] == 1
     if not lined_up or known is None or not torch.equal(known.reshape(-1), torch.arange(v.shape[-1])):
         return None
@@ -192,9 +193,9 @@ class _Rows:
     key: tuple
 
     @classmethod
-    def of(cls, program: Program, x: Value, reader: Equation | None, view: Dims, axis: int) -> _Rows | None:
+    def of(cls, flow: Dataflow, x: Value, reader: Equation | None, view: Dims, axis: int) -> _Rows | None:
         """Of the logits `x`, read by `reader` (None: by several) through `view`, where their classes are along `axis`."""
-        root, dims = program.root(x, reader) if reader is not None else (x, natural(x.shape))
+        root, dims = flow.root(x, reader) if reader is not None else (x, natural(x.shape))
         shape = tuple(map(size, view))
         dims = compose(view, dims, x.shape)
         if dims is None or any(run.axis is None for dim in dims for run in dim):

@@ -10,7 +10,7 @@ import torch
 
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value
-from .patterns import Program
+from .dataflow import Dataflow
 from .simplify import dead_code
 from .views import natural
 
@@ -37,13 +37,13 @@ def join_gradients(graph: Graph) -> Graph:
     `x[2]` have such gradients.)"""
     if not any(eq.op in (aten.select_backward.default, aten.slice_backward.default) for eq in graph.equations):
         return graph
-    program = Program(graph)
+    flow = Dataflow(graph)
     inside: set[Equation] = set()  # of a larger sum that is joined
     joined: dict[Equation, tuple[list[list[_Part]], list[Value]]] = {}
     for eq in reversed(graph.equations):
         if eq.op is aten.add.Tensor and not eq.kwargs and eq not in inside:
-            terms, adds = _terms(program, eq)
-            wholes, rest = _wholes({v: _part(program.producers.get(v)) for v in terms}, terms)
+            terms, adds = _terms(flow, eq)
+            wholes, rest = _wholes({v: _part(flow.producers.get(v)) for v in terms}, terms)
             if wholes:
                 joined[eq] = wholes, rest
                 inside |= adds
@@ -61,13 +61,13 @@ def _replaced(graph: Graph, joined: dict[Equation, tuple], emit: Callable) -> Gr
     return dead_code(graph.replace(equations=builder.equations)) if joined else graph
 
 
-def _terms(program: Program, eq: Equation) -> tuple[list[Value], set[Equation]]:
+def _terms(flow: Dataflow, eq: Equation) -> tuple[list[Value], set[Equation]]:
     """What is added up, by `eq` and by additions whose results are read by that alone."""
     terms, adds, todo = [], {eq}, list(eq.args[::-1])
     while todo:
         v = todo.pop()
-        maker = program.producers.get(v) if isinstance(v, Value) and v.shape == eq.outputs.shape else None
-        if maker is not None and maker.op is aten.add.Tensor and not maker.kwargs and len(program.users[v]) == 1 and v not in program.results:
+        maker = flow.producers.get(v) if isinstance(v, Value) and v.shape == eq.outputs.shape else None
+        if maker is not None and maker.op is aten.add.Tensor and not maker.kwargs and len(flow.users[v]) == 1 and v not in flow.results:
             adds.add(maker)
             todo += maker.args[::-1]
         else:
@@ -127,12 +127,12 @@ def join_writes(graph: Graph) -> Graph:
     if not any(eq.op in _WRITES for eq in graph.equations):
         return graph
     graph = _written_directly(graph)
-    program = Program(graph)
+    flow = Dataflow(graph)
     inside: set[Equation] = set()
     joined = {}
     for eq in reversed(graph.equations):
         if eq.op in _WRITES and eq not in inside and eq.outputs.fake.is_contiguous():
-            writes = _writes_up_to(program, eq)
+            writes = _writes_up_to(flow, eq)
             pieces = _pieces([_write(write) for write in writes], eq.outputs.shape)
             if len(writes) > 1 and pieces is not None:
                 joined[eq] = writes[-1].args[0], pieces
@@ -164,13 +164,13 @@ def _write(eq: Equation) -> _Part | None:
     return _Part(value, shape, dim % len(shape), start, eq.op is _WRITES[0]) if step == 1 and not eq.kwargs else None
 
 
-def _writes_up_to(program: Program, eq: Equation) -> list[Equation]:
+def _writes_up_to(flow: Dataflow, eq: Equation) -> list[Equation]:
     """The last of some writes to one tensor along one dimension, and those before it, last first."""
     writes, part = [eq], _write(eq)
     while True:
         base = writes[-1].args[0]
-        maker = program.producers.get(base)
-        if part is None or maker is None or maker.op not in _WRITES or base in program.results or len(program.users[base]) > 1:
+        maker = flow.producers.get(base)
+        if part is None or maker is None or maker.op not in _WRITES or base in flow.results or len(flow.users[base]) > 1:
             return writes
         before = _write(maker)
         if before is None or before.dim != part.dim:
@@ -214,15 +214,15 @@ def concatenate_stacks(graph: Graph) -> Graph:
     and none where parts can be written into their places."""
     if not any(eq.op is aten.stack.default for eq in graph.equations):
         return graph
-    builder, program, copies = Builder(graph), Program(graph), {}
+    builder, flow, copies = Builder(graph), Dataflow(graph), {}
     for eq in graph.equations:
         copied = eq.op is aten.clone.default and eq.kwargs.get("memory_format") is torch.contiguous_format
-        if copied and program.users[eq.args[0]] == [eq] and eq.args[0] not in program.results:
-            root, dims = program.root(eq.args[0], eq)
-            stack, whole = program.producers.get(root), natural(root.shape)
+        if copied and flow.users[eq.args[0]] == [eq] and eq.args[0] not in flow.results:
+            root, dims = flow.root(eq.args[0], eq)
+            stack, whole = flow.producers.get(root), natural(root.shape)
             order = [(run,) for dim in dims for run in dim]
             if stack is not None and stack.op is aten.stack.default and 1 not in root.shape and sorted(order) == sorted(whole):
-                if root not in program.results and len(program.users[root]) == 1:
+                if root not in flow.results and len(flow.users[root]) == 1:
                     copies[eq] = stack, [whole.index(dim) for dim in order]
     gone = {stack for stack, _ in copies.values()}
     for eq in graph.equations:

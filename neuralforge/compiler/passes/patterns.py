@@ -6,8 +6,7 @@ computes the same. If the program holds the backward pass of those equations too
 them once more: the tape writes the same derivative wherever it finds the same equations, so what it writes now must be
 in the program, equation for equation. The derivative of the replacement then takes its place.
 
-Programs are compared by *numbers*: two values have the same number if the same operators made them from the same
-numbers. Copies, aliases and the like count for nothing.
+Programs are compared by the numbers of their values (`numbers.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from ...autograd import vjp
 from ...graph import capture
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
-from ...graph.literals import Literals
-from ...graph.operators import draws, is_random
+from ...graph.operators import draws
+from .dataflow import Dataflow, is_identity
 from .layout import emit, follow
+from .numbers import COMMUTATIVE, Numbers, form, hashable
 from .rewrites import make, refuse
 from .simplify import dead_code
-from .views import Dims, compose, covers, natural, viewed
 
 aten = torch.ops.aten
 
@@ -53,97 +52,7 @@ class Match:
         return any(eq.origin.startswith("recomputed") for eq in self.equations)
 
 
-Rule = Callable[["Program"], Iterator[Match]]
-
-
-class Program:
-    """A graph with what rules ask of it."""
-
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.producers = graph.producers()
-        self.users = graph.users()
-        self.position = {eq: i for i, eq in enumerate(graph.equations)}
-        self.results = set(leaves(graph.outputs))
-        self._literals = Literals(graph)
-
-    def producer(self, v: Any, *ops: Any) -> Equation | None:
-        """The equation that makes `v`, looking through copies and aliases, if its operator (or packet) is among `ops`."""
-        while isinstance(v, Value) and v in self.producers:
-            eq = self.producers[v]
-            if not ops or eq.op in ops or getattr(eq.op, "overloadpacket", None) in ops:
-                return eq
-            if not is_identity(eq):
-                return None
-            v = eq.args[0]
-        return None
-
-    def same(self, v: Any) -> Any:
-        """What `v` is a copy or alias of."""
-        while isinstance(v, Value) and v in self.producers and is_identity(self.producers[v]):
-            v = self.producers[v].args[0]
-        return v
-
-    def literal(self, v: Any) -> torch.Tensor | None:
-        """What `v` is if it depends on nothing but literals: masks, positions. None if it isn't, or is huge."""
-        if not isinstance(v, Value):
-            return torch.tensor(v) if isinstance(v, (int, float, bool)) else None
-        return self._literals(v)
-
-    def root(self, v: Value, reader: Equation) -> tuple[Value, Dims]:
-        """What `v`, an operand of `reader`, is a view of, and which, unless others read what lies in between."""
-        root, at, dims = v, v, natural(v.shape)
-        found = dims
-        while at in self.producers and at not in self.results and (at is v or self.users[at] == [reader]):
-            reader = self.producers[at]
-            dims = compose(dims, viewed(reader), at.shape)
-            if dims is None or not covers(dims, reader.args[0].shape):
-                break
-            root = at = reader.args[0]
-            found = dims
-        return root, found
-
-    def trace(self, v: Value) -> tuple[Value, Dims]:
-        """What `v` is a view of, and which."""
-        dims = natural(v.shape)
-        while v in self.producers:
-            further = compose(dims, viewed(self.producers[v]), v.shape)
-            if further is None:
-                break
-            v, dims = self.producers[v].args[0], further
-        return v, dims
-
-    def last_view(self, v: Value) -> tuple[Value, Dims]:
-        """The last view of `v` that everybody reads it through, and which; nothing of it repeated."""
-        dims = natural(v.shape)
-        while v not in self.results and len(users := self.users.get(v, ())) == 1:
-            further = compose(viewed(users[0]), dims, v.shape)
-            if further is None or any(run.axis is None for dim in further for run in dim):
-                break
-            v, dims = users[0].outputs, further
-        return v, dims
-
-    def place(self, v: Value) -> int:
-        """The position of the equation that makes `v`; -1 for what is given."""
-        return self.position[self.producers[v]] if v in self.producers else -1
-
-    def between(self, outputs: list[Value], inputs: set[Value]) -> list[Equation]:
-        """The equations that compute `outputs` from `inputs`, in order."""
-        found: set[Equation] = set()
-        todo = list(outputs)
-        while todo:
-            v = todo.pop()
-            eq = self.producers.get(v)
-            if v not in inputs and eq is not None and eq not in found:
-                found.add(eq)
-                todo += eq.inputs
-        return sorted(found, key=self.position.__getitem__)
-
-
-def is_identity(eq: Equation) -> bool:
-    """Does it hand on its operand, but for the layout in memory?"""
-    dims = viewed(eq)
-    return dims is not None and eq.args[0].shape == eq.outputs.shape and dims == natural(eq.args[0].shape)
+Rule = Callable[[Dataflow], Iterator[Match]]
 
 
 def applied(*rules: Rule) -> Callable[[Graph], Graph]:
@@ -158,15 +67,15 @@ def applied(*rules: Rule) -> Callable[[Graph], Graph]:
 
 
 def _apply(graph: Graph, rule: Rule) -> Graph:
-    program = Program(graph)
-    matches = list(rule(program))
+    flow = Dataflow(graph)
+    matches = list(rule(flow))
     if not matches:
         return graph
     numbers, plans, gone = Numbers(graph), [], set()
     for match in matches:
-        source = program.producers[match.outputs[0]].source
+        source = flow.producers[match.outputs[0]].source
         try:
-            plan = _Plan(program, numbers, match)
+            plan = _Plan(flow, numbers, match)
         except (_Unfit, RuntimeError) as why:  # RuntimeError: operands that its replacement doesn't take
             refuse(rule.__name__, source, str(why).split("\n")[0])
             continue
@@ -182,74 +91,11 @@ class _Unfit(Exception):
     """Why a match is left alone."""
 
 
-class Numbers:
-    """Of each value of a graph its number."""
-
-    def __init__(self, graph: Graph):
-        self.of: dict[Value, int] = {}
-        self.values: dict[int, list[Value]] = {}
-        """The values of a number, but for copies and aliases."""
-        self.makers: dict[int, list[Equation]] = {}
-        self.readers: dict[int, list[Equation]] = {}
-        self.known: dict[Any, int] = {}
-        self.taken: set[Equation] = set()
-        """Of backward passes that are replaced already. That of a linear function doesn't tell which call of it it belongs to:
-        the first match takes those of all."""
-        for v in (*graph.inputs, *graph.constants):
-            self._name(v, (v,))
-        for eq in graph.equations:
-            if is_identity(eq):
-                self.of[eq.outputs] = self.of[eq.args[0]]
-            else:
-                key = self.key(eq, self.of)
-                for i, v in enumerate(eq.results):
-                    self.makers.setdefault(self._name(v, (key, i)), []).append(eq)
-            for n in {self.of[v] for v in eq.inputs}:
-                self.readers.setdefault(n, []).append(eq)
-
-    def _name(self, v: Value, key: tuple) -> int:
-        n = self.of[v] = self.known.setdefault(key, len(self.known))
-        self.values.setdefault(n, []).append(v)
-        return n
-
-    def key(self, eq: Equation, of: dict[Value, int]) -> Any:
-        """What tells the results of `eq` apart from others, given the numbers of its operands."""
-        if is_random(eq.op):
-            return (eq,)
-        # What was computed again on purpose is not what was computed before.
-        again = eq.origin.startswith("recomputed")
-        name, args = form(eq)
-        operands = tuple([_hashable(a, of) for a in args])
-        return again, name, frozenset(operands) if name in COMMUTATIVE else operands, _hashable(eq.kwargs, of)
-
-
-def form(eq: Equation) -> tuple[Any, tuple]:
-    """Operator and arguments, one way of saying it for views that come to the same."""
-    dims = viewed(eq)
-    return (eq.op, eq.args) if dims is None else ("view", (eq.args[0], (*dims, *eq.outputs.shape)))
-
-
-COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
-"""Of their two operands."""
-
-
-def _hashable(x: Any, of: dict[Value, int]) -> Any:
-    if isinstance(x, Value):
-        return "v", of[x]
-    if type(x) in (int, bool):  # most are
-        return type(x), x
-    if isinstance(x, dict):
-        return tuple([(k, _hashable(x[k], of)) for k in sorted(x)])
-    if isinstance(x, (list, tuple)):
-        return tuple([_hashable(item, of) for item in x])
-    return type(x), repr(x)
-
-
 class _Plan:
     """How one match is replaced: its outputs where the first of them is made, and the gradients of each pullback found
     where the first of those is."""
 
-    def __init__(self, program: Program, numbers: Numbers, match: Match):
+    def __init__(self, flow: Dataflow, numbers: Numbers, match: Match):
         self.match = match
         own = {v for eq in match.equations for v in eq.results}
         self.inputs = list(dict.fromkeys(v for eq in match.equations for v in eq.inputs if v not in own))
@@ -262,7 +108,7 @@ class _Plan:
                 if n in pullback.cotangents or any(eq in numbers.taken for eq in numbers.makers.get(n, ())):
                     del pullback.gradients[i]
                     pullback.spared.add(n)
-        pullbacks = _checked(program, numbers, pullbacks)
+        pullbacks = _checked(flow, numbers, pullbacks)
         inside = set().union(*(pullback.inside for pullback in pullbacks))
         self.taken = {eq for n in inside for eq in numbers.makers.get(n, ())}
         values = lambda i, n, by: {v: (by, i) for v in numbers.values[n]}
@@ -270,7 +116,7 @@ class _Plan:
         """Of each value by what: ("forward", i) for output i, (p, i) for input i's gradient of the p-th pullback."""
         for i, v in enumerate(match.outputs):
             self.replaced.update(values(i, numbers.of[v], "forward"))
-        self.forward_at = _room(program, numbers, list(self.replaced), self.inputs, inside)
+        self.forward_at = _room(flow, numbers, list(self.replaced), self.inputs, inside)
         self.backward_at: list[tuple[int, list[Value]]] = []
         for pullback in pullbacks if pulled else ():
             gradients: dict[Value, tuple[Any, int]] = {}
@@ -278,20 +124,20 @@ class _Plan:
                 gradients.update(values(i, n, len(self.backward_at)))
             if not gradients:
                 continue
-            cotangents = [min(numbers.values[n], key=program.place) for n in pullback.cotangents]
-            at = _room(program, numbers, list(gradients), cotangents, inside, self.forward_at)
+            cotangents = [min(numbers.values[n], key=flow.place) for n in pullback.cotangents]
+            at = _room(flow, numbers, list(gradients), cotangents, inside, self.forward_at)
             self.replaced.update(gradients)
             self.backward_at.append((at, cotangents))
 
 
 def _room(
-    program: Program, numbers: Numbers, made: list[Value], read: list[Value], inside: set[int], after: int = 0
+    flow: Dataflow, numbers: Numbers, made: list[Value], read: list[Value], inside: set[int], after: int = 0
 ) -> int:
     """Where to put equations that read `read` and make `made` anew, not before `after`: before its first reader that stays."""
-    at = max([after, *(program.place(v) + 1 for v in read), min(program.place(v) for v in made)])
+    at = max([after, *(flow.place(v) + 1 for v in read), min(flow.place(v) for v in made)])
     for v in made:
-        for eq in program.users.get(v, ()):
-            if program.position[eq] < at and not all(numbers.of[r] in inside for r in eq.results):
+        for eq in flow.users.get(v, ()):
+            if flow.position[eq] < at and not all(numbers.of[r] in inside for r in eq.results):
                 raise _Unfit("its results are needed before all its operands are there")
     return at
 
@@ -309,27 +155,27 @@ def _backward_passes(match: Match, inputs: list[Value], numbers: Numbers) -> tup
     raise AssertionError
 
 
-def _checked(program: Program, numbers: Numbers, pullbacks: list[_Pullback]) -> list[_Pullback]:
+def _checked(flow: Dataflow, numbers: Numbers, pullbacks: list[_Pullback]) -> list[_Pullback]:
     """Those that the match is replaced with. A linear function of the same operand has the same derivative by its other operands, so
     that its pullback is found for this one too, but for some gradients: if those with fewer don't fit they belong elsewhere."""
     try:
-        _check(program, numbers, pullbacks)
+        _check(flow, numbers, pullbacks)
     except _Unfit:
         most = max(len(pullback.gradients) for pullback in pullbacks)
         own = [pullback for pullback in pullbacks if len(pullback.gradients) == most]
         if len(own) == len(pullbacks):
             raise
         pullbacks = own
-        _check(program, numbers, pullbacks)
+        _check(flow, numbers, pullbacks)
     return pullbacks
 
 
-def _check(program: Program, numbers: Numbers, pullbacks: list[_Pullback]) -> None:
+def _check(flow: Dataflow, numbers: Numbers, pullbacks: list[_Pullback]) -> None:
     """What the replacement doesn't compute mustn't be read by anybody else, unless it is computed from no operand with
     a gradient, or is a view of an operand."""
     inside = set().union(*(p.inside for p in pullbacks))
     gone = inside - {n for p in pullbacks for n in (*p.spared, *p.gradients.values())}
-    results = {numbers.of[v] for v in program.results}
+    results = {numbers.of[v] for v in flow.results}
     if gone & results:
         raise _Unfit("a value inside it is a result of the program")
     for n in gone:
@@ -526,7 +372,7 @@ def _structure(match: Match, inputs: list[Value]) -> Any:
     types = tuple((v.shape, v.strides, v.dtype, v.device) for v in inputs)
     for eq in match.equations:
         place.update((v, len(place)) for v in eq.results)
-    body = tuple((eq.op, _hashable(eq.args, place), _hashable(eq.kwargs, place)) for eq in match.equations)
+    body = tuple((eq.op, hashable(eq.args, place), hashable(eq.kwargs, place)) for eq in match.equations)
     return match.replacement.__qualname__, match.key, types, body, tuple(place[v] for v in match.outputs)
 
 
