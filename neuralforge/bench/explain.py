@@ -19,6 +19,7 @@ from ..compiler.compiled import Compiled
 from ..compiler.cost import additions, cost, total
 from ..compiler.fuse import Fused
 from ..compiler.jit import Jit
+from ..compiler.joined import Joined
 from ..compiler.kernels import destination_kernel
 from ..compiler.passes.rewrites import Rewrite, Rewrites
 from ..compiler.pipeline import stages
@@ -237,7 +238,7 @@ def ranked(rows: list[Row]) -> list[Row]:
 
 def why(eq: Equation, limited: bool = False) -> str:
     """How a fused group came about, or why an equation is in none. `limited`: as many rewrites were made as may be."""
-    if hasattr(eq.op, "why"):
+    if isinstance(eq.op, Joined):
         return eq.op.why
     if role(eq) is not None and limited:
         return "not fused: max_rewrites allows no more"

@@ -59,4 +59,4 @@ def _join(members: list[Equation]) -> Equation:
     why = f"{len(members)} groups of equal code in one call, the first: {members[0].op.why}"
     op = Fused([part for eq in members for part in eq.op.parts], why)
     op.layouts = [layout for eq in members for layout in eq.op.layouts]
-    return Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), members[-1].source, "batch")
+    return op.equation(members[-1].source, "batch")

@@ -12,6 +12,7 @@ from ..graph import verify
 from ..graph.ir import Equation, Graph, Value
 from ..kernels import matmul
 from .epilogue import views_of
+from .joined import Joined
 from .kernels import Kernel
 from .passes.dataflow import Dataflow
 from .passes.rewrites import make
@@ -22,19 +23,14 @@ from .space import contiguous
 aten = torch.ops.aten
 
 
-class ProductAndSums:
+class ProductAndSums(Joined):
     """The operator of a product x^T y and of the sums of x's columns: called, it interprets `graph`."""
-
-    name = "product_and_sums"
-    why = "a product, with the sums of the columns of what it reads"
 
     def __init__(self, product: Equation, total: Equation):
         inputs = list(dict.fromkeys([*product.inputs, *total.inputs]))
         self.product = product
-        self.graph = Graph(inputs=inputs, equations=[product, total], outputs=[product.outputs, total.outputs])
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple:
-        return tuple(self.graph(*tensors))
+        graph = Graph(inputs=inputs, equations=[product, total], outputs=[product.outputs, total.outputs])
+        super().__init__("product_and_sums", "a product, with the sums of the columns of what it reads", graph)
 
     def bind(self) -> Kernel:
         product, places = self.product, self.graph.inputs
@@ -73,7 +69,7 @@ def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equa
         if eq in pairs:
             total, views = pairs[eq]
             op = ProductAndSums(eq, total)
-            new = Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), eq.source, "join_column_sums")
+            new = op.equation(eq.source, "join_column_sums")
             kernels[new] = op.bind()
             equations += [new, *views]
         elif eq not in gone:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..graph.ir import Equation, Graph, Value, map_tree
 from .attention import attention_flops
+from .joined import Joined
 from .plan import is_view
 from .pointwise import price
 
@@ -52,7 +53,7 @@ def cost(eq: Equation) -> Cost:
         shapes = lambda leaf: leaf.fake if isinstance(leaf, Value) else leaf
         out = map_tree(shapes, eq.outputs)
         return Cost(int(formula(*map_tree(shapes, eq.args), **map_tree(shapes, eq.kwargs), out_val=out)), moved)
-    if hasattr(eq.op, "graph"):
+    if isinstance(eq.op, Joined):
         return Cost(total(eq.op.graph).flops, moved)
     return Cost(max((v.fake.numel() for v in (*eq.inputs, *eq.results)), default=0), moved)
 

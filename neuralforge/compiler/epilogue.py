@@ -17,6 +17,7 @@ from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from ..kernels import matmul
 from .codegen import as_planned, epilogue_source, functions, sizes_and_strides
 from .fuse import LOOKED_THROUGH, Fused
+from .joined import Joined
 from .kernels import Kernel
 from .layout import Layout
 from .passes.rewrites import make
@@ -29,24 +30,20 @@ KEPT = 1 / 3
 """What is saved where the product is written to memory all the same, as a share of the time to copy it: reading it."""
 
 
-class Product:
+class Product(Joined):
     """The operator of a matrix product and the group that reads it: called, it interprets `graph`. `part` is the group,
     whose first input is the product."""
 
     def __init__(self, product: Equation, part: Graph, group: Fused):
         self.part, self.product = part, product
-        self.name = f"product_{group.name}"
-        self.why = f"the product's epilogue: {group.why}"
         tile, *others = part.inputs
         result = Value(f"{tile.name}_whole", product.outputs.fake)
         whole = Equation(product.op, product.args, product.kwargs, result, product.source, product.origin)
         seen = Equation(aten.view.default, (result, list(tile.shape)), {}, tile)
         inputs = list(dict.fromkeys([*product.inputs, *others]))
-        self.graph = Graph(inputs=inputs, equations=[whole, seen, *part.equations], outputs=part.outputs)
+        graph = Graph(inputs=inputs, equations=[whole, seen, *part.equations], outputs=part.outputs)
+        super().__init__(f"product_{group.name}", f"the product's epilogue: {group.why}", graph)
         self.layout = Layout(part, columns=product.outputs.shape[1])
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple:
-        return tuple(self.graph(*tensors))
 
     @property
     def tile(self) -> int | None:
@@ -114,7 +111,7 @@ def join_epilogues(
             continue
         if not make("epilogue", group.source, op.why):
             continue
-        joined[at] = [Equation(op, tuple(op.graph.inputs), {}, tuple(op.part.outputs), group.source, "join_epilogues")]
+        joined[at] = [op.equation(group.source, "join_epilogues")]
         if kept:  # the group gives what it reads; the product is a view of that, and its other views follow
             if read is not product.outputs:
                 shape = list(product.outputs.shape)

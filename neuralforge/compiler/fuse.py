@@ -21,6 +21,7 @@ import torch
 from ..graph.builder import Builder
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from ..graph.operators import draws
+from .joined import Joined
 from .layout import Layout
 from .passes.rewrites import make
 from .passes.simplify import dead_code
@@ -46,27 +47,22 @@ LOOKED_THROUGH = {
 """Views that keep the order of the elements (or repeat them)."""
 
 
-class Fused:
+class Fused(Joined):
     """The operator of one or more groups of equal structure: called, it interprets `graph`; `codegen` builds native
     code that runs all `parts` at once. `why` says how the group came about and what ended it."""
 
     def __init__(self, parts: list[Graph], why: str = ""):
         self.parts = parts
-        self.why = why
-        self.graph = Graph(
+        members = [eq for eq in parts[0].equations if eq.op not in LOOKED_THROUGH]
+        names = [eq.op.overloadpacket.__name__.split(".")[-1].lstrip("_") for eq in members]
+        short = list(dict.fromkeys(names))
+        name = "fused_" + "_".join(short[:5]) + (f"_and_{len(names) - 5}" if len(names) > 5 else "")
+        graph = Graph(
             inputs=list(dict.fromkeys(v for part in parts for v in part.inputs)),
             equations=[eq for part in parts for eq in part.equations],
             outputs=[v for part in parts for v in part.outputs],
         )
-        members = [eq for eq in parts[0].equations if eq.op not in LOOKED_THROUGH]
-        names = [eq.op.overloadpacket.__name__.split(".")[-1].lstrip("_") for eq in members]
-        short = list(dict.fromkeys(names))
-        self.name = "fused_" + "_".join(short[:5]) + (f"_and_{len(names) - 5}" if len(names) > 5 else "")
-        if len(parts) > 1:
-            self.name += f"_x{len(parts)}"
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple:
-        return tuple(self.graph(*tensors))
+        super().__init__(name + (f"_x{len(parts)}" if len(parts) > 1 else ""), why, graph)
 
     @cached_property
     def layouts(self) -> list[Layout]:

@@ -123,7 +123,7 @@ def _claim_fused(equations: list[Equation]) -> dict[Equation, Kernel]:
 
 def destination_kernel(eq: Equation) -> Kernel | None:
     """The destination-passing form of an ATen operator; None where there is none with a CPU kernel of its own."""
-    if hasattr(eq.op, "graph") or not isinstance(eq.op, torch._ops.OpOverload):
+    if not isinstance(eq.op, torch._ops.OpOverload):
         return None
     found = out_overload(eq.op)
     if found is None or any(v.device.type != "cpu" for v in eq.results):

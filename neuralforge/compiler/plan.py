@@ -21,6 +21,7 @@ import torch
 from ..graph.ir import Equation, Graph, Value, leaves
 from ..graph.operators import operator_traits
 from ..memory import Buffer, assign_offsets
+from .joined import Joined
 from .kernels import Kernel
 
 
@@ -62,7 +63,7 @@ def root_of(roots: dict[Value, Value], value: Value) -> Value:
 
 def is_view(eq: Equation) -> bool:
     """Do the results share the memory of the first argument?"""
-    return not hasattr(eq.op, "graph") and operator_traits(eq.op).is_view
+    return not isinstance(eq.op, Joined) and operator_traits(eq.op).is_view
 
 
 def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value]) -> Plan:

@@ -20,6 +20,7 @@ from .codegen import as_planned, functions, prologue_source, sizes_and_strides
 from .column_sums import ProductAndSums
 from .epilogue import Product
 from .fuse import Fused
+from .joined import Joined
 from .kernels import Kernel
 from .layout import Layout
 from .passes.dataflow import Dataflow
@@ -65,21 +66,18 @@ class Maker:
         return prologue
 
 
-class Prologued:
+class Prologued(Joined):
     """The operator of a product, which may have an epilogue, and of the groups that make its factors: called, it interprets
     `graph`."""
 
     def __init__(self, product: Equation, makers: dict[Value, Maker]):
         self.product, self.makers = product, makers
-        self.name = "_".join(maker.group.op.name for maker in makers.values()) + "_into_" + product.name.removeprefix("aten.")
-        self.why = f"the product's prologue: {next(iter(makers.values())).group.op.why}"
+        name = "_".join(maker.group.op.name for maker in makers.values()) + "_into_" + product.name.removeprefix("aten.")
+        why = f"the product's prologue: {next(iter(makers.values())).group.op.why}"
         steps = dict.fromkeys(eq for maker in makers.values() for eq in (maker.group, *maker.views))
         inside = {v for eq in steps for v in eq.results}
         inputs = dict.fromkeys(v for eq in (*steps, product) for v in eq.inputs if v not in inside)
-        self.graph = Graph(inputs=list(inputs), equations=[*steps, product], outputs=list(product.results))
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple:
-        return tuple(self.graph(*tensors))
+        super().__init__(name, why, Graph(inputs=list(inputs), equations=[*steps, product], outputs=list(product.results)))
 
     def bind(self, kernel: Kernel, built: dict[str, Any]) -> Kernel:
         """The kernel, given that of the product alone and the compiled sources."""
@@ -135,7 +133,7 @@ def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph
     for eq in graph.equations:
         if eq in makers:
             op = Prologued(eq, makers[eq])
-            new = Equation(op, tuple(op.graph.inputs), {}, tuple(op.graph.outputs), eq.source, "join_prologues")
+            new = op.equation(eq.source, "join_prologues")
             made[new] = op.bind(kernels[eq], built)
             eq = new
         if eq not in gone:
@@ -195,7 +193,7 @@ def _readers(flow: Dataflow, v: Value, kernels: dict[Equation, Kernel]) -> list[
 
 def _times_read(product: Equation, v: Value) -> int:
     """How often `v` is read by the product and what is joined to it."""
-    if not hasattr(product.op, "graph"):
+    if not isinstance(product.op, Joined):
         return product.inputs.count(v)
     inside = product.op.graph.inputs[product.args.index(v)]
     return sum(eq.inputs.count(inside) for eq in product.op.graph.equations)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..graph.ir import Equation, Value
+from .joined import Joined
 from .pointwise import LETTERS, supported
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ EXTREMA = {aten.amax.default, aten.amin.default}
 
 def role(eq: Equation) -> Role | None:
     """None if the equation can't be a member of a fused group."""
-    if hasattr(eq.op, "graph"):
+    if isinstance(eq.op, Joined):
         return None
     if supported(eq):
         return Role(eq.outputs)
