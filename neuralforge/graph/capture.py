@@ -24,7 +24,7 @@ from . import gradient_mode, source
 from .fake import TENSORS, FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
-from .operators import is_random
+from .operators import BY_STORAGE, is_random
 from .source import line_of, origin, user_line
 from .tracer import Tracer
 from .tree import TreeSpec, tree_flatten, tree_unflatten
@@ -33,7 +33,6 @@ aten = torch.ops.aten
 
 _ASK = {aten._local_scalar_dense.default, aten.equal.default}
 """Operators that give a number of Python's."""
-_BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
 
 
 @dataclass(eq=False)
@@ -84,7 +83,7 @@ class Capture(Tracer):
         return value.fake
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func.overloadpacket in _BY_STORAGE and storage_of(args[0]) in self._partial:
+        if func.overloadpacket in BY_STORAGE and storage_of(args[0]) in self._partial:
             raise CaptureError(
                 f"{user_line()}: {func} reads the memory around a tensor that is itself a part of a larger one, which a "
                 f"graph doesn't see. Use slicing, unfold or diagonal, or pass the larger tensor."

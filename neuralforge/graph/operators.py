@@ -71,6 +71,9 @@ def _dropout_at(func: Any) -> int | None:
     return names.index("dropout_p") if "dropout_p" in names else None
 
 
+BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
+"""Operators that go by the memory of their argument, not by its elements."""
+
 _UNMARKED_VIEWS = {"aten::_unsafe_view", "aten::unsafe_split", "aten::unsafe_split_with_sizes", "aten::unsafe_chunk"}
 """Operators whose results share the argument's memory, and whose schemas don't say so. The rest of the operator database has
 none."""

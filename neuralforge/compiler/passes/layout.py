@@ -9,9 +9,9 @@ import torch
 
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.operators import BY_STORAGE
 
 aten = torch.ops.aten
-_BY_STORAGE = {aten.as_strided, aten.as_strided_scatter, aten.as_strided_copy}
 
 
 def transpose_products(graph: Graph) -> Graph:
@@ -57,7 +57,7 @@ def follow(eq: Equation, env: dict[Value, Value], builder: Builder) -> None:
         return
     args, kwargs = substitute(eq.args, env), substitute(eq.kwargs, env)
     made = {"source": eq.source, "origin": eq.origin}
-    if getattr(eq.op, "overloadpacket", None) in _BY_STORAGE and args[0].strides != eq.args[0].strides:
+    if getattr(eq.op, "overloadpacket", None) in BY_STORAGE and args[0].strides != eq.args[0].strides:
         raise RuntimeError(f"{eq.name} depends on the layout of its operand")
     new = emit(builder, eq.op, *args, **made, **kwargs)
     if all(old.strides == v.strides for old, v in zip(eq.results, leaves(new))):
