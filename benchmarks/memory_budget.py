@@ -1,10 +1,10 @@
-"""What a memory budget costs: the planned and the measured peak of the GPT step of `step.py`, and its time.
+"""What a memory budget costs: the planned and the measured peak of a step of `step.py`, and its time.
 
-    python benchmarks/memory_budget.py [--rounds 5]
+    python benchmarks/memory_budget.py [--model gpt] [--rounds 5]
 
 Budgets go from what the step takes unasked down to the smallest that can be met. Times alternate in one process; each
 measured peak is of a process of its own, beyond importing the libraries, as in `step.py`: weights, gradients and
-optimizer state are in it, and not in the planned one, which is what a call allocates. Draws docs/memory-budget.svg.
+optimizer state are in it, and not in the planned one, which is what a call allocates. That of the GPT draws docs/memory-budget.svg.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 MB = 1e6
 
 
-def start(budget: int | None) -> tuple[steps.Run, nf.compiler.jit.Jit]:
+def start(model: str, budget: int | None) -> tuple[steps.Run, nf.compiler.jit.Jit]:
     """The step after its first call, and its jitted function."""
     made = []
 
@@ -39,7 +39,7 @@ def start(budget: int | None) -> tuple[steps.Run, nf.compiler.jit.Jit]:
 
     plain, steps.nf.jit = steps.nf.jit, jit
     try:
-        run = steps.start("ours", "gpt", "fp32")
+        run = steps.start("ours", model, "fp32")
         run()
     finally:
         steps.nf.jit = plain
@@ -50,49 +50,52 @@ def planned(jitted) -> int:
     return jitted.programs[0].program.plan.peak_bytes
 
 
-def smallest() -> int:
+def smallest(model: str) -> int:
     try:
-        start(1)
+        start(model, 1)
     except MemoryBudgetError as e:
         return int(re.search(r"at least memory_budget=(\d+)", str(e)).group(1))
     raise SystemExit("a budget of one byte was met")
 
 
-def report_peak(budget: int | None) -> None:
+def report_peak(model: str, budget: int | None) -> None:
     before = resident_bytes()
-    run, _ = start(budget)
+    run, _ = start(model, budget)
     reset_peak()
     for _ in range(2):
         run()
     print(peak_resident_bytes() - before)
 
 
-def measured(budget: int | None) -> int:
-    done = subprocess.run([sys.executable, __file__, f"--peak={budget or 0}"], capture_output=True, text=True, check=True)
+def measured(model: str, budget: int | None) -> int:
+    done = subprocess.run([sys.executable, __file__, f"--model={model}", f"--peak={budget or 0}"], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=steps.TASKS, default="gpt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak is not None:
-        return report_peak(args.peak or None)
+        return report_peak(args.model, args.peak or None)
     runs, plans = {}, {}
-    run, jitted = start(None)
-    free, least = planned(jitted), smallest()
+    run, jitted = start(args.model, None)
+    free, least = planned(jitted), smallest(args.model)
     budgets = [None, *(int(least + (free - least) * share) for share in (0.8, 0.6, 0.4, 0.2)), least]
     for budget in budgets:
         if budget is not None:
-            run, jitted = start(budget)
+            run, jitted = start(args.model, budget)
         runs[budget], plans[budget] = run, planned(jitted)
     timings = alternate(runs, args.rounds)
-    peaks = {budget: measured(budget) for budget in budgets}
+    peaks = {budget: measured(args.model, budget) for budget in budgets}
     print("| budget MB | planned peak MB | measured peak MB, with the state | best ms | median ms | CPU ms (best) |\n|---|---|---|---|---|---|")
     for budget, t in timings.items():
         name = "none" if budget is None else f"{budget / MB:.1f}"
         print(f"| {name} | {plans[budget] / MB:.1f} | {peaks[budget] / MB:.0f} | {t.best * 1e3:.0f} | {t.median * 1e3:.0f} | {min(t.cpu) * 1e3:.0f} |")
+    if args.model != "gpt":
+        return
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     x = [plans[budget] / MB for budget in budgets]
     axis.plot(x, [min(timings[budget].cpu) * 1e3 for budget in budgets], "o-", color="tab:blue")
