@@ -104,6 +104,11 @@ class Layout:
         whole = self.columns in (None, columns) and self.sizes[-1] % columns == 0
         return whole and refine([columns], self.cuts) is not None
 
+    @property
+    def in_order(self) -> bool:
+        """Are its elements those of a contiguous tensor, in their order?"""
+        return self._order is None
+
     def _cuts_of(self, r: Role) -> list[int]:
         shape = r.over.shape if self._order is None else [r.over.shape[i] for i in self._order]
         return cuts_of(shape, self._scale(r))
@@ -198,6 +203,8 @@ class Layout:
         begins = [1, *self.cuts][:-1][::-1]
         if node.row:
             return Result(v, "row", node, tuple(0 if n < self.columns else n // self.columns for n in begins))
+        if memory_order(v) is None:  # part of a larger tensor, with gaps
+            return Result(v, "full", node, place(v, tuple(v.shape), None, self.cuts))
         return Result(v, "full", node, tuple(begins))
 
     def _schedule(self) -> list[Loop]:

@@ -10,6 +10,7 @@ import torch
 from ..graph import Graph, verify
 from .batch import batch
 from .fuse import fuse
+from .parts_in_place import parts_in_place
 from .passes import (
     common_subexpressions,
     dead_code,
@@ -21,6 +22,7 @@ from .passes import (
 from .passes.attention_strides import attention_reads_in_place, attention_writes_in_place
 from .passes.descend import descend
 from .passes.join_losses import join_losses
+from .passes.join_products import join_products
 from .passes.loss_head import chunk_loss_heads
 from .passes.narrow import narrow_losses
 from .passes.parts import concatenate_stacks, join_gradients, join_writes
@@ -44,9 +46,11 @@ PASSES: list[Callable[[Graph], Graph]] = [
     join_gradients,
     join_writes,
     concatenate_stacks,
+    join_products,
     attention_reads_in_place,
     attention_writes_in_place,
     fuse,
+    parts_in_place,
     batch,
 ]
 

@@ -85,6 +85,8 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
         death[v] = end
     free_inputs = dict.fromkeys(v for v in donated if v not in escaping)
     wholes = _find_parts(graph, kernels, plan, escaping)
+    for part, whole in wholes.items():  # inner ones first
+        death[whole] = max(death[whole], death[part])
     held = dict(death)  # until when the memory that an operator allocated is in use, by whatever value
     allocated: dict[Value, Value] = {}  # values in such memory, with the value it was made for
 
@@ -95,11 +97,13 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
             continue
         if eq in plan.in_place:
             continue
-        dying = _dying(eq, i, roots, death)
+        shared = {y for v in eq.inputs for y in _around(root_of(roots, v), wholes)[1:]}  # wholes of which parts are read too
+        dying = {v: root for v, root in _dying(eq, i, roots, death).items() if root not in wholes and root not in shared}
         for out in eq.results:
             if out in wholes:
-                whole = wholes[out]
-                plan.buffers[out] = plan.buffers.setdefault(whole, Buffer(_extent(whole), i, death[whole]))
+                around = _around(out, wholes)
+                buffer = plan.buffers.get(around[-1]) or Buffer(_extent(around[-1]), i, death[around[-1]])
+                plan.buffers.update(dict.fromkeys(around, buffer))
                 continue
             if out in escaping:
                 source = _take_over(out, i, dying, kernel, free_inputs, death)
@@ -137,17 +141,12 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
 def _find_parts(
     graph: Graph, kernels: dict[Equation, Kernel], plan: Plan, escaping: set[Value]
 ) -> dict[Value, Value]:
-    """The parts, each with the concatenation it is read by alone; notes them in the plan."""
+    """The parts, each with the concatenation whose memory it is in, which may be a part itself; notes them in the plan."""
     cat = torch.ops.aten.cat.default
     cats = [eq for eq in graph.equations if eq.op is cat and eq in kernels and eq.outputs not in escaping]
     if not cats:
         return {}
     made = {v for eq in graph.equations if eq in kernels and eq.op is not cat for v in eq.results}
-    readers: dict[Value, list[Equation]] = {}
-    for eq in graph.equations:
-        if not is_view(eq):
-            for v in dict.fromkeys(eq.inputs):
-                readers.setdefault(root_of(plan.roots, v), []).append(eq)
     wholes: dict[Value, Value] = {}
     for eq in cats:
         whole, dim, at, found = eq.outputs, (*eq.args, 0)[1], 0, {}
@@ -155,7 +154,7 @@ def _find_parts(
             root = root_of(plan.roots, part)
             laid = all(n == 1 or s == t for n, s, t in zip(part.shape, part.strides, whole.strides))
             all_of_it = 0 < _extent(part) == _extent(root) and part.dtype == whole.dtype and root not in escaping
-            if not laid or not all_of_it or root not in made or readers[root] != [eq] or root in found:
+            if not laid or not all_of_it or root not in made or root in wholes or root in found:
                 break
             found[root] = at * whole.strides[dim] * whole.fake.element_size()
             at += part.shape[dim]
@@ -163,7 +162,18 @@ def _find_parts(
             plan.within.update(found)
             plan.in_place.add(eq)
             wholes.update(dict.fromkeys(found, whole))
+            made.add(whole)
+    for part in reversed(wholes):  # outer ones first: places are from the beginning of the outermost
+        plan.within[part] += plan.within.get(wholes[part], 0)
     return wholes
+
+
+def _around(v: Value, wholes: dict[Value, Value]) -> list[Value]:
+    """The value, the whole that it is a part of, the one that this is a part of, and so on."""
+    around = [v]
+    while around[-1] in wholes:
+        around.append(wholes[around[-1]])
+    return around
 
 
 def _dying(eq: Equation, i: int, roots: dict[Value, Value], death: dict[Value, int]) -> dict[Value, Value]:

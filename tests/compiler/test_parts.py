@@ -143,3 +143,60 @@ def test_gradients_of_attention_stacked(agree, names):
     f = nf.grad(attention, (0, 1))
     agree(f, *args)
     assert not {"aten.stack", "aten.clone", "aten.cat"} & set(names(f, *args))
+
+
+SHARED = {
+    "read before": lambda a, b: (torch.cat([p := a.sin(), q := b.cos()]).exp(), p @ p.t(), q @ q.t()),
+    "read later": lambda a, b: (torch.cat([p := a.sin(), q := b.cos()]).exp(), (p @ q.t()).sin(), p.exp() @ q.t()),
+    "read with the whole": lambda a, b: (torch.cat([p := a.sin(), b.cos()]) @ p.t() @ a,),
+    "in two": lambda a, b: (torch.cat([p := a.sin(), b.cos()]) @ a.t(), torch.cat([b.exp(), p]) @ b.t(), p @ p.t()),
+    "in a part": lambda a, b: (torch.cat([torch.cat([p := a.sin(), q := b.cos()]), c := (p @ q.t() @ q / 1e3).sin()]) @ a.t(), c @ p.t()),
+    "twice": lambda a, b: (torch.cat([p := a.sin(), p]) @ a.t(), b + 1),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_parts_that_others_read_too(name, agree, names):
+    """They are in the whole's memory all the same, as long as anybody reads either."""
+    torch.manual_seed(0)
+    args = torch.randn(40, 64), torch.randn(40, 64)
+    agree(SHARED[name], *args)
+    f = nf.jit(SHARED[name])
+    f(*args)
+    plan, (equations,) = f.programs[0].program.plan, [f.programs[0].program.graph.equations]
+    cats = [eq for eq in equations if eq.name == "aten.cat"]
+    assert len(cats) - len(plan.in_place) == (name in ("in two", "twice"))
+
+
+GATED = {
+    "silu and product": lambda x, w: (lambda a, b: F.silu(a) * b)(*(x @ w).chunk(2, -1)),
+    "F.glu": lambda x, w: F.glu(x @ w),
+    "three": lambda x, w: (lambda a, b, c: a.sin() * b.cos() + c.tanh())(*(x @ w).split(16, -1)),
+    "of different widths": lambda x, w: (lambda a, b: a.sin()[..., :8] * b.cos())(*(x @ w).split([40, 8], -1)),
+    "in the middle": lambda x, w: (lambda a, b: a.sin() * b)(*(x @ w).unflatten(-1, (2, 24)).unbind(-2)),
+    "normalised": lambda x, w: (lambda a, b: F.layer_norm(a, (24,)) * b)(*(x @ w).chunk(2, -1)),
+    "of one column": lambda x, w: (lambda a, b: a.sin().sum(-1, keepdim=True) * b)(*(x @ w).split([47, 1], -1)),
+    "used twice": lambda x, w: (lambda a, b: F.silu(a) * b + a.detach())(*(x @ w).chunk(2, -1)),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["aten", "own"])
+@pytest.mark.parametrize("name", GATED)
+def test_gradients_side_by_side(name, own, agree, names, timed):
+    """Gradients of the parts of a product are written where they make one gradient."""
+    timed("own" if own else "aten")
+    torch.manual_seed(0)
+    args = torch.randn(3, 35, 20), torch.randn(20, 48)
+    f = nf.grad(lambda x, w: GATED[name](x, w).square().mean(), (0, 1))
+    agree(f, *args)
+    jitted = nf.jit(f)
+    jitted(*args)
+    program = jitted.programs[0].program
+    left = [eq for eq in program.graph.equations if eq.name == "aten.cat" and eq not in program.plan.in_place]
+    assert bool(left) == (name == "of one column"), left
+
+
+def test_a_result_in_parts(agree):
+    """The caller's own memory: parts are copied there."""
+    agree(lambda a, b: (torch.cat([a.sin(), b.cos()], -1),), torch.randn(5, 7), torch.randn(5, 9))
+    agree(lambda a, b: (torch.cat([a.sin(), b.cos()], -1).t(), a.exp()), torch.randn(5, 7), torch.randn(5, 9))

@@ -42,7 +42,7 @@ def join_gradients(graph: Graph) -> Graph:
     joined: dict[Equation, tuple[list[list[_Part]], list[Value]]] = {}
     for eq in reversed(graph.equations):
         if eq.op is aten.add.Tensor and not eq.kwargs and eq not in inside:
-            terms, adds = _terms(flow, eq)
+            terms, adds = terms_of(flow, eq)
             wholes, rest = _wholes({v: _part(flow.producers.get(v)) for v in terms}, terms)
             if wholes:
                 joined[eq] = wholes, rest
@@ -61,7 +61,7 @@ def _replaced(graph: Graph, joined: dict[Equation, tuple], emit: Callable) -> Gr
     return dead_code(graph.replace(equations=builder.equations)) if joined else graph
 
 
-def _terms(flow: Dataflow, eq: Equation) -> tuple[list[Value], set[Equation]]:
+def terms_of(flow: Dataflow, eq: Equation) -> tuple[list[Value], set[Equation]]:
     """What is added up, by `eq` and by additions whose results are read by that alone."""
     terms, adds, todo = [], {eq}, list(eq.args[::-1])
     while todo:
