@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -158,7 +159,8 @@ def hand_over(x: torch.Tensor, new: torch.Tensor) -> None:
     """Give the C++ handle of `x`, a temporary of PyTorch's own C++ functions, to the Python object `new`, a view of it.
     The object `x`, which derivative rules may hold, stays as it was."""
     with _disable_current_modes():
-        old = x.detach()
+        with getattr(x, "fake_mode", nullcontext()):  # PyTorch's own way to do it on fake tensors imports a second of modules
+            old = x.detach()
         torch._C._swap_tensor_impl(x, new)
         new.set_(x)
         x.set_(old)

@@ -49,7 +49,7 @@ def _matches(flow: Dataflow, curved: Equation) -> Iterator[Match]:
         if _packet(end) not in (aten.mul, aten.div) or end.outputs.shape != curved.outputs.shape:
             continue
         for x in _operands(flow, end, curved):
-            equations = flow.between([end.outputs], {x})
+            equations = flow.between([end.outputs], {x}, FAR)
             found = _known(equations, x, end.outputs)
             if found is not None:
                 replacement = lambda env, x=x, f=ACTIVATIONS[found]: [f(env[x])]

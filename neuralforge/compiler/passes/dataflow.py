@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,11 +83,11 @@ class Dataflow:
         """The position of the equation that makes `v`; -1 for what is given."""
         return self.position[self.producers[v]] if v in self.producers else -1
 
-    def between(self, outputs: list[Value], inputs: set[Value]) -> list[Equation]:
-        """The equations that compute `outputs` from `inputs`, in order."""
+    def between(self, outputs: list[Value], inputs: set[Value], limit: float = math.inf) -> list[Equation]:
+        """The equations that compute `outputs` from `inputs`, in order; some of them, if there are more than `limit`."""
         found: set[Equation] = set()
         todo = list(outputs)
-        while todo:
+        while todo and len(found) <= limit:
             v = todo.pop()
             eq = self.producers.get(v)
             if v not in inputs and eq is not None and eq not in found:
