@@ -59,8 +59,9 @@ LOSSES = {
 block = st.one_of(
     st.tuples(st.just("norm"), st.sampled_from(sorted(NORMS))),
     st.tuples(st.just("feed-forward"), st.sampled_from(sorted(ACTIVATIONS)), st.booleans()),
-    st.tuples(st.just("gated"), st.sampled_from(sorted(ACTIVATIONS))),
+    st.tuples(st.just("gated"), st.sampled_from(sorted(ACTIVATIONS)), st.booleans()),
     st.tuples(st.just("attention"), st.sampled_from(sorted(ATTENTION)), st.booleans(), st.booleans()),
+    st.tuples(st.just("recurrence")),
     st.tuples(st.just("rotary")),
     st.tuples(st.just("scale")),
 )
@@ -93,7 +94,18 @@ def run(network, heads, weight, x_BTD, target_N, V):
             hidden = F.linear(x, up, bias) if how[1] else x @ up.t() + bias
             x = x + F.linear(ACTIVATIONS[how[0]](hidden), weight(D, 2 * D + 1))
         elif kind == "gated":
-            x = x + (ACTIVATIONS[how[0]](x @ weight(D, D)) * F.linear(x, weight(D, D))) @ weight(D, D)
+            if how[1]:  # one projection for both
+                gate, let_through = F.linear(x, weight(2 * D, D)).chunk(2, -1)
+            else:
+                gate, let_through = x @ weight(D, D), F.linear(x, weight(D, D))
+            x = x + (ACTIVATIONS[how[0]](gate) * let_through) @ weight(D, D)
+        elif kind == "recurrence":
+            h, across, along, states = torch.zeros_like(x[:, 0]), weight(2 * D, D), weight(2 * D, D), []
+            for t in range(T):
+                keep, new = (F.linear(x[:, t], across) + F.linear(h, along)).split(D, -1)
+                h = keep.sigmoid() * h + new.tanh()
+                states.append(h)
+            x = x + torch.stack(states, 1)
         elif kind == "attention":
             before, x = x, F.rms_norm(x, (D,))  # else scores grow to where float32 can't tell weights apart
             if how[1]:  # one projection for all three
@@ -114,9 +126,9 @@ def run(network, heads, weight, x_BTD, target_N, V):
     return LOSSES[loss](logits, target_N)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @example(([("norm", "layer"), ("attention", "causal", True, True), ("norm", "rms"), ("feed-forward", "gelu", True)], "cross entropy", False), (2, 17, 2, 8, 31))
-@example(([("rotary",), ("attention", "by hand", False, True), ("gated", "silu")], "by logsumexp", True), (1, 16, 3, 10, 2))
+@example(([("rotary",), ("attention", "by hand", False, True), ("gated", "silu", True), ("recurrence",)], "by logsumexp", True), (1, 16, 3, 10, 2))
 @given(networks, sizes)
 def test_optimised_steps_agree_with_plain_ones(network, size):
     B, T, heads, width, V = size
