@@ -64,6 +64,7 @@ class Compiled:
         self.rewrites, self.refused = rewrites.made[made:], rewrites.refused[refused:]  # those after the passes
         give_pages_back()  # what compiling took, and timing, would count for the whole run
         self.program = Program(graph, kernels, given, arena)
+        self._complex = any(v.dtype.is_complex for v in graph.inputs)
         self._apart: list[int] | None = None  # where the tensors of a call lay that don't overlap
 
     @property
@@ -75,6 +76,8 @@ class Compiled:
         given = tensors
         if any(map(torch.Tensor.is_neg, tensors)):  # kernels read memory, where such a view isn't negated yet
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_neg() else t for t in tensors]
+        if self._complex and any(map(torch.Tensor.is_conj, given)):  # nor conjugated
+            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_conj() else t for t in given]
         if self.writes or self.closed:
             _check_apart(tensors, self.writes, self.closed)
         if self.donated:

@@ -155,7 +155,7 @@ class Capture(Tracer):
                 f"outlives that. It has no values: return what is needed outside from that function."
             )
         if id(x) not in self._constants:
-            self._constants[id(x)] = self._negated(x) if x.is_neg() else self._constant(x)
+            self._constants[id(x)] = self._resolved(x) if x.is_neg() or x.is_conj() else self._constant(x)
             self._outside.append(x)
         return self._constants[id(x)]
 
@@ -164,13 +164,14 @@ class Capture(Tracer):
         self.graph.constants[value] = x
         return value
 
-    def _negated(self, x: torch.Tensor) -> Value:
-        """A view from outside that is still to be negated, computed: kernels read memory."""
+    def _resolved(self, x: torch.Tensor) -> Value:
+        """A view from outside that is still to be negated or conjugated, computed: kernels read memory."""
+        view, op = (torch._neg_view, aten.neg.default) if x.is_neg() else (torch._conj, aten._conj_physical.default)
         with _disable_current_modes():
-            memory = self.value(torch._neg_view(x))
+            memory = self.value(view(x))
             with self.fake_mode:
-                value = self._new(aten.neg.default(memory.fake))
-        self.graph.equations.append(Equation(aten.neg.default, (memory,), {}, value, user_line(), origin()))
+                value = self._new(op(memory.fake))
+        self.graph.equations.append(Equation(op, (memory,), {}, value, user_line(), origin()))
         return value
 
     def check_external_write(self, x: torch.Tensor) -> None:

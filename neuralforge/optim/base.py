@@ -74,7 +74,8 @@ Rule = Callable[..., tuple[torch.Tensor, ...]]
 def leaf_by_leaf(slots: dict[str, Callable[[torch.Tensor], torch.Tensor]], at: Callable[[torch.Tensor], Rule]) -> Optimizer:
     """An optimizer that treats every parameter by itself. `slots` names the tensors it keeps for each and makes the first
     ones from the parameter; `at(done)`, given the number of finished updates (int64 scalar), makes the rule of the next.
-    The state is `step`, that number, and each slot as a pytree like the parameters."""
+    The state is `step`, that number, and each slot as a pytree like the parameters. A complex number counts as two real ones, as in
+    torch.optim."""
 
     def init(params: Any) -> dict[str, Any]:
         first = {name: tree_map(lambda p: None if p is None else make(p.detach()), params) for name, make in slots.items()}  # noqa: B023
@@ -85,11 +86,19 @@ def leaf_by_leaf(slots: dict[str, Callable[[torch.Tensor], torch.Tensor]], at: C
         flat, tree = tree_flatten(params)
         columns = [flat, like_parameters(tree, "gradients", grads), *(like_parameters(tree, name, state[name]) for name in slots)]
         nothing = (None,) * (1 + len(slots))  # where there is no parameter
-        results = [nothing if p is None else rule(p, *rest) for p, *rest in zip(*columns)]
+        results = [nothing if p is None else _of_real_numbers(rule, p, *rest) for p, *rest in zip(*columns)]
         columns = [tree_unflatten(list(column), tree) for column in zip(*results)] or [params] * (1 + len(slots))
         return columns[0], {"step": state["step"] + 1, **dict(zip(slots, columns[1:]))}
 
     return Optimizer(init, update)
+
+
+def _of_real_numbers(rule: Rule, p: torch.Tensor, g: torch.Tensor, *slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if not p.is_complex():
+        return rule(p, g, *slots)
+    real = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in (p, g, *slots)]
+    made = zip((p, *slots), rule(*real), strict=True)
+    return tuple(torch.view_as_complex(y.contiguous()) if x.is_complex() else y for x, y in made)
 
 
 def zeros(p: torch.Tensor) -> torch.Tensor:

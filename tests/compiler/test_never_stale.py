@@ -191,6 +191,13 @@ def test_closed_over_views_that_are_still_to_be_negated():
     assert torch.allclose(f(x), x * v * 3 + v)
 
 
+def test_views_that_are_still_to_be_conjugated():
+    z = torch.randn(3, dtype=torch.complex64).conj()
+    real = lambda x: torch.view_as_real(x * 2 + z).sum(-1) + torch.view_as_real(x.resolve_conj()).prod(-1)
+    for x in (z, z.resolve_conj(), torch.randn(3, dtype=torch.complex64).conj(), z.conj()):
+        assert torch.allclose(nf.jit(real)(x), real(x))
+
+
 def test_what_would_only_be_done_once_is_refused():
     def numbers(x):
         for n in range(3):

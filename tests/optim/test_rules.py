@@ -172,6 +172,23 @@ def test_equals_the_published(name):
             close(optimizer.evaluate(params, state), {n: p.detach() for n, p in theirs.items()}, 1e-11)
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_a_complex_number_is_two_real_ones(name, compiled):
+    optimizer, generator = MINE[name][0](DECAY), torch.Generator().manual_seed(0)
+    p = torch.randn(3, 4, dtype=torch.complex128, generator=generator)
+    theirs, state = p.clone().requires_grad_(), optimizer.init(p)
+    reference = PUBLISHED[name]([{"params": [theirs], "weight_decay": DECAY}])
+    update = nf.jit(optimizer.update) if compiled else optimizer.update
+    for _ in range(4):
+        g = torch.randn(3, 4, dtype=torch.complex128, generator=generator)
+        theirs.grad = g.clone()
+        reference.step()
+        updates, state = update(g.conj().resolve_conj().conj(), state, p)  # conjugated only when it is read
+        p = optim.apply_updates(p, updates)
+        assert torch.allclose(p, theirs, rtol=0, atol=1e-11)
+
+
 PREDICATED = {
     "adamw": lambda **o: optim.adamw(LR, **o),
     "lion": lambda **o: optim.lion(LR, **o),
