@@ -16,7 +16,6 @@ from .joined import Joined
 from .kernels import Kernel
 from .passes.dataflow import Dataflow
 from .passes.rewrites import make
-from .passes.views import reshaped
 from .products import Products
 from .space import contiguous
 
@@ -95,7 +94,6 @@ def _sums_columns(eq: Equation) -> bool:
 
 
 def _memory(flow: Dataflow, v: Value) -> tuple[Value, int] | None:
-    """What `v` lies in, and of how many columns; None unless `v` is contiguous and all of that, in its order."""
-    root, dims = flow.trace(v)
-    whole = contiguous(v) and contiguous(root) and reshaped(dims, root.shape, v.shape)
-    return (root, v.shape[-1]) if whole else None
+    """What `v` is all of, and of how many columns."""
+    whole = flow.whole(v)
+    return None if whole is None else (whole, v.shape[-1])

@@ -74,10 +74,10 @@ class Compiled:
 
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         given = tensors
-        if any(map(torch.Tensor.is_neg, tensors)):  # kernels read memory, where such a view isn't negated yet
-            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_neg() else t for t in tensors]
-        if self._complex and any(map(torch.Tensor.is_conj, given)):  # nor conjugated
-            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if t.is_conj() else t for t in given]
+        if any(map(torch.Tensor.is_neg, tensors)) or self._complex and any(map(torch.Tensor.is_conj, tensors)):
+            # Kernels read memory, where such a view isn't negated or conjugated yet.
+            pending = [t.is_neg() or t.is_conj() for t in tensors]
+            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if p else t for t, p in zip(tensors, pending)]
         if self.writes or self.closed:
             _check_apart(tensors, self.writes, self.closed)
         if self.donated:

@@ -9,7 +9,8 @@ import torch
 
 from ...graph.ir import Equation, Graph, Value, leaves
 from ...graph.literals import Literals
-from .views import Dims, compose, covers, natural, viewed
+from ..space import contiguous
+from .views import Dims, compose, covers, natural, reshaped, viewed
 
 
 class Dataflow:
@@ -68,6 +69,11 @@ class Dataflow:
                 break
             v, dims = self.producers[v].args[0], further
         return v, dims
+
+    def whole(self, v: Value) -> Value | None:
+        """The contiguous value that `v`, contiguous too, is all of, in its order; None if it isn't so."""
+        root, dims = self.trace(v)
+        return root if contiguous(v) and contiguous(root) and reshaped(dims, root.shape, v.shape) else None
 
     def last_view(self, v: Value) -> tuple[Value, Dims]:
         """The last view of `v` that everybody reads it through, and which; nothing of it repeated."""

@@ -4,6 +4,7 @@ step, or that several short batches share.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from .simplify import dead_code
 
 aten = torch.ops.aten
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
-WHOLE_VIEWS = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default)
 
 
 class _Sum(NamedTuple):
@@ -66,7 +66,7 @@ def _joined(graph: Graph, flow: Dataflow, sums: dict[Equation, _Sum]) -> Graph:
     instead: dict[Equation, Value] = {}  # a concatenation of the same parts was made before
 
     def together(parts: list[Value], at: int, made: dict[str, str]) -> Value:
-        stack = stacks.get(tuple(_whole(flow, v) for v in parts))
+        stack = stacks.get(_wholes(flow, parts))
         if stack in instead:
             return instead[stack]
         rows = [sum(v.shape[0] for v in parts), parts[0].shape[1]]
@@ -83,7 +83,7 @@ def _joined(graph: Graph, flow: Dataflow, sums: dict[Equation, _Sum]) -> Graph:
         elif eq in sums:
             made = {"source": eq.source, "origin": eq.origin or "join_products"}
             factors, rest = sums[eq]
-            if tuple(_whole(flow, x) for x, _ in reversed(factors)) in stacks:
+            if _wholes(flow, [x for x, _ in reversed(factors)]) in stacks:
                 factors = factors[::-1]
             x, y = (together(list(parts), at, made) for parts in zip(*factors))
             op, args = aten.mm.default, (builder.emit(aten.t.default, x, **made), y)
@@ -99,11 +99,9 @@ def _stacked(flow: Dataflow, eq: Equation) -> tuple[Value, ...] | None:
     """What a contiguous concatenation has one after the other in memory."""
     if eq.op is not aten.cat.default or (*eq.args, 0)[1] != 0 or not contiguous(eq.outputs) or not all(map(contiguous, eq.args[0])):
         return None
-    return tuple(_whole(flow, v) for v in eq.args[0])
+    return _wholes(flow, eq.args[0])
 
 
-def _whole(flow: Dataflow, v: Value) -> Value:
-    """What `v` is a view of, if of all of that, in its order."""
-    while v in flow.producers and flow.producers[v].op in WHOLE_VIEWS and contiguous(flow.producers[v].args[0]):
-        v = flow.producers[v].args[0]
-    return v
+def _wholes(flow: Dataflow, parts: Iterable[Value]) -> tuple[Value, ...]:
+    """The parts, by what they are all of where they are views."""
+    return tuple(flow.whole(v) or v for v in parts)
