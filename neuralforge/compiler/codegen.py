@@ -43,21 +43,13 @@ _built: dict[tuple, Any] = {}
 """Functions by what they were compiled from: programs of other shapes share them."""
 
 
-def build(groups: list[Fused]) -> dict[Fused, Callable[[tuple, tuple, dict], None]]:
-    """Native code for `groups`: for each, `run(outputs, inputs, kwargs)` that fills preallocated outputs. Raises
-    KernelError as the toolchain does."""
-    texts = {group: source(group.layouts[0]) for group in groups}
-    built = functions(texts.values())
-    return {group: _caller(built[text], group) for group, text in texts.items()}
-
-
 def functions(texts: Iterable[str]) -> dict[str, Any]:
     """The C functions of these texts, which call theirs KERNEL, compiled unless they were before. Raises KernelError as
     the toolchain does."""
     texts = list(dict.fromkeys(texts))
     head = prelude() + _vector_math()
     built_with = (head, compiler())
-    missing = [text for text in texts if (*built_with, text) not in _built]
+    missing = sorted((text for text in texts if (*built_with, text) not in _built), key=len)
     name = {text: f"kernel{n}" for n, text in enumerate(missing)}
     files = [missing[n::FILES] for n in range(min(FILES, len(missing)))]
     bodies = ["\n".join(text.replace("KERNEL", name[text]) for text in file) for file in files]
@@ -71,8 +63,9 @@ def _vector_math() -> str:
     return Path(__file__).with_name("vector_math.h").read_text()
 
 
-def _caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]:
-    """Bind a C function to the sizes and strides of a group's parts."""
+def caller(function: Any, group: Fused) -> Callable[[tuple, tuple, dict], None]:
+    """`run(outputs, inputs, kwargs)`, which fills preallocated outputs: the compiled `source` with the sizes and strides of the group's
+    parts."""
     numbers: list[int] = []
     read: list[int] = []  # which argument, or which result, each pointer is
     inputs_at = {v: i for i, v in enumerate(group.graph.inputs)}

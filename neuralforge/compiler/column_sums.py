@@ -31,7 +31,7 @@ class ProductAndSums(Joined):
         graph = Graph(inputs=inputs, equations=[product, total], outputs=[product.outputs, total.outputs])
         super().__init__("product_and_sums", "a product, with the sums of the columns of what it reads", graph)
 
-    def bind(self) -> Kernel:
+    def kernel(self) -> Kernel:
         product, places = self.product, self.graph.inputs
         a, b = (places.index(v) for v in product.args)
         shape, K = tuple(product.outputs.shape), product.args[0].shape[1]
@@ -69,7 +69,7 @@ def join_column_sums(graph: Graph, products: Products) -> tuple[Graph, dict[Equa
             total, views = pairs[eq]
             op = ProductAndSums(eq, total)
             new = op.equation(eq.source, "join_column_sums")
-            kernels[new] = op.bind()
+            kernels[new] = op.kernel()
             equations += [new, *views]
         elif eq not in gone:
             equations.append(eq)

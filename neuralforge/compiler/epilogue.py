@@ -8,14 +8,14 @@ pass over the result takes was timed together with the candidates (`products.py`
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
-from ..errors import KernelError
 from ..graph import verify
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from ..kernels import matmul
-from .codegen import as_planned, epilogue_source, functions, sizes_and_strides
+from .codegen import as_planned, epilogue_source, sizes_and_strides
 from .fuse import LOOKED_THROUGH, Fused
 from .joined import Joined
 from .kernels import Kernel
@@ -61,8 +61,17 @@ class Product(Joined):
         alone = operand not in self.product.inputs and operand in self.part.inputs
         return alone and self.layout.may_overwrite(output, operand)
 
-    def bind(self, function: ctypes._CFuncPtr) -> Kernel:
-        """The kernel, given the compiled `epilogue_source`."""
+    def kernel(self) -> Kernel:
+        """To be built."""
+        text, shape, a = epilogue_source(self.layout, self.tile), tuple(self.product.outputs.shape), product_operands(self.product)[0]
+        scratch = matmul.scratch_bytes(shape, a.shape[1], a.dtype, epilogue=True)
+        return Kernel(
+            may_overwrite=self.may_overwrite, scratch=lambda eq: scratch, takes_prologues=True, code=lambda: [text],
+            bind=lambda built: self._bound(built[text]),
+        )  # fmt: skip
+
+    def _bound(self, function: ctypes._CFuncPtr) -> Callable:
+        """What runs, given the compiled `epilogue_source`."""
         a, b, bias = product_operands(self.product)
         inputs, outputs = self.graph.inputs, self.part.outputs
         sizes = sizes_and_strides(self.layout)
@@ -80,8 +89,7 @@ class Product(Joined):
             made = [p and ctypes.addressof(p) for p in prologues]
             function(pointers(*find(read)), sizes, core, operands(*find(own), *made), numbers, blocks)
 
-        scratch = matmul.scratch_bytes(tuple(self.product.outputs.shape), a.shape[1], a.dtype, epilogue=True)
-        return Kernel(run, self.may_overwrite, scratch=lambda eq: scratch, takes_prologues=True)
+        return run
 
 
 def join_epilogues(
@@ -118,18 +126,13 @@ def join_epilogues(
                 joined[at].append(Equation(aten.view.default, (read, shape), {}, product.outputs, product.source, "join_epilogues"))
             joined[at] += [view for view in views if view.outputs is not read]
         gone |= {product, group, *views}
-    try:
-        code = {eq: epilogue_source(eq.op.layout, eq.op.tile) for eq, *_ in joined.values()}
-        built = functions(code.values())
-    except KernelError:  # the groups' own kernels couldn't be built either, and that has been said
-        return graph, {}
     equations: list[Equation] = []
     for i, eq in enumerate(graph.equations):
         if i in joined:
             equations += joined[i]
         elif eq not in gone:
             equations.append(eq)
-    return verify(graph.replace(equations=equations)), {eq: eq.op.bind(built[text]) for eq, text in code.items()}
+    return verify(graph.replace(equations=equations)), {eq: eq.op.kernel() for eq, *_ in joined.values()}
 
 
 def views_of(v: Value, users: dict[Value, list[Equation]]) -> list[Equation]:

@@ -9,7 +9,7 @@ from ..graph.ir import Equation, Graph
 
 class Joined:
     """The operator that several equations became: called, it interprets `graph`, which is what it computes. `why` says how it came
-    about. Each kind knows how to `bind` a kernel that does it at once."""
+    about. Each kind has a `kernel` that does it at once."""
 
     def __init__(self, name: str, why: str, graph: Graph):
         self.name, self.why, self.graph = name, why, graph

@@ -1,13 +1,13 @@
 """Claiming equations: for each, the code that runs it best, or none, and then its own operator runs.
 
 A kernel writes its results into tensors it is given. ATen's structured operators have such a form (`out=`); fused
-groups have only this form.
+groups have only this form. Generated C is compiled last and all at once (`built`), when it is known which equations there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,15 +19,19 @@ from ..graph.operators import operator_traits
 from ..kernels import cross_entropy, embedding, linear_cross_entropy, matmul, rotary
 from ..kernels.toolchain import compiler, plain_operators_instead
 from .attention import claim_attention
-from .codegen import build
+from .codegen import caller, functions, source
 from .fuse import Fused
+
+
+def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:
+    raise AssertionError("a kernel that was planned with hasn't been built")
 
 
 @dataclass(frozen=True)
 class Kernel:
     """`run(outputs, args, kwargs)` computes an equation into preallocated `outputs` (a tuple, one for each result)."""
 
-    run: Callable[[tuple, tuple, dict], None]
+    run: Callable[[tuple, tuple, dict], None] = _unbuilt
     may_overwrite: Callable[[Value, Value], bool] = lambda output, operand: False
     """May an output be put where an operand of the same type is, which nobody reads afterwards?"""
     serves: Callable[[Equation], bool] = lambda eq: True
@@ -38,6 +42,14 @@ class Kernel:
     """Is it our matrix product? `run` then also takes `prologues`, which make its factors."""
     library: str = ""
     """Whose code it calls, where that is neither ours nor ATen's."""
+    code: Callable[[], list[str]] = list
+    """Texts of the C functions that it calls, which are still to be compiled."""
+    bind: Callable[[dict[str, Any]], Callable] | None = None
+    """Makes `run` of these functions, given by their texts."""
+
+    def built(self, functions: dict[str, Any]) -> Kernel:
+        """The kernel as it runs, given what `code` was compiled to."""
+        return replace(self, run=self.bind(functions), code=list, bind=None) if self.bind else self
 
 
 OWN: dict[Any, Kernel] = {
@@ -76,8 +88,8 @@ OWN: dict[Any, Kernel] = {
 
 
 def claim(graph: Graph) -> dict[Equation, Kernel]:
-    """The equations that run in destination-passing form: fused groups and ATen's structured operators. Code for the groups is
-    `built` once it is known which of them will run as they are."""
+    """The equations that run in destination-passing form: fused groups and ATen's structured operators. Code for the groups
+    is still to be `built`."""
     kernels = {}
     for eq in graph.equations:
         attention = claim_attention(eq)
@@ -92,33 +104,24 @@ def claim(graph: Graph) -> dict[Equation, Kernel]:
         if fused:
             plain_operators_instead(e)
         return kernels
-    return kernels | {eq: unbuilt(eq) for eq in fused}
+    return kernels | {eq: fused_kernel(eq.op) for eq in fused}
 
 
-def unbuilt(eq: Equation) -> Kernel:
-    """Stands for the code of a fused group."""
-    return Kernel(_unbuilt, eq.op.may_overwrite)
-
-
-def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:
-    raise AssertionError("a kernel that was planned with hasn't been built")
+def fused_kernel(group: Fused) -> Kernel:
+    """That of a fused group, to be `built`."""
+    text = cache(lambda: source(group.layouts[0]))
+    return Kernel(may_overwrite=group.may_overwrite, code=lambda: [text()], bind=lambda built: caller(built[text()], group))
 
 
 def built(graph: Graph, kernels: dict[Equation, Kernel]) -> dict[Equation, Kernel]:
-    """The kernels of the graph, with code for its fused groups."""
-    late = [eq for eq in graph.equations if eq in kernels and kernels[eq].run is _unbuilt]
-    ready = {eq: kernels[eq] for eq in graph.equations if eq in kernels and kernels[eq].run is not _unbuilt}
-    return ready | _claim_fused(late)
-
-
-def _claim_fused(equations: list[Equation]) -> dict[Equation, Kernel]:
-    """The kernels of fused groups; none where there is no compiler, which is said once."""
+    """The kernels of the graph's equations, their code compiled. Where it can't be, which is said once, those without."""
+    here = {eq: kernels[eq] for eq in graph.equations if eq in kernels}
     try:
-        runs = build([eq.op for eq in equations]) if equations else {}
+        compiled = functions(text for kernel in here.values() for text in kernel.code())
     except KernelError as e:
         plain_operators_instead(e)
-        return {}
-    return {eq: Kernel(runs[eq.op], eq.op.may_overwrite) for eq in equations}
+        return {eq: kernel for eq, kernel in here.items() if kernel.bind is None}
+    return {eq: kernel.built(compiled) for eq, kernel in here.items()}
 
 
 def destination_kernel(eq: Equation) -> Kernel | None:

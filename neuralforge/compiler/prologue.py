@@ -7,16 +7,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..errors import KernelError
 from ..graph import verify
 from ..graph.ir import Equation, Graph, Value
 from ..graph.operators import draws
 from ..kernels import matmul
-from .codegen import as_planned, functions, prologue_source, sizes_and_strides
+from .codegen import as_planned, prologue_source, sizes_and_strides
 from .column_sums import ProductAndSums
 from .epilogue import Product
 from .fuse import Fused
@@ -46,8 +46,12 @@ class Maker:
     layout: Layout
     views: list[Equation]
 
+    @cached_property
+    def source(self) -> str:
+        return prologue_source(self.layout)
+
     def bind(self, function: ctypes._CFuncPtr, inputs: list[Value]) -> Callable[[tuple], matmul.Prologue]:
-        """Makes the prologue, from tensors laid out as `inputs`, of the compiled `prologue_source`."""
+        """Makes the prologue, from tensors laid out as `inputs`, of the compiled `source`."""
         numbers = sizes_and_strides(self.layout)
         sizes = (ctypes.c_long * len(numbers))(*numbers)
         outside = dict(zip(self.group.op.graph.inputs, self.group.args))
@@ -79,24 +83,31 @@ class Prologued(Joined):
         inputs = dict.fromkeys(v for eq in (*steps, product) for v in eq.inputs if v not in inside)
         super().__init__(name, why, Graph(inputs=list(inputs), equations=[*steps, product], outputs=list(product.results)))
 
-    def bind(self, kernel: Kernel, built: dict[str, Any]) -> Kernel:
-        """The kernel, given that of the product alone and the compiled sources."""
+    def kernel(self, product: Kernel) -> Kernel:
+        """To be built, given that of the product alone."""
+        own = {v for maker in self.makers.values() for v in maker.group.inputs}
+        return Kernel(
+            may_overwrite=lambda output, operand: operand not in own and product.may_overwrite(output, operand),
+            scratch=lambda eq: product.scratch(self.product),
+            code=lambda: [*product.code(), *(maker.source for maker in self.makers.values())],
+            bind=lambda built: self._bound(product.built(built), built),
+        )
+
+    def _bound(self, kernel: Kernel, built: dict[str, Any]) -> Callable:
+        """What runs, given the product's kernel and the compiled sources."""
         product, inputs = self.product, self.graph.inputs
         prologues = [
-            self.makers[v].bind(built[prologue_source(self.makers[v].layout)], inputs) if v in self.makers else None
-            for v in factors(product)
+            self.makers[v].bind(built[self.makers[v].source], inputs) if v in self.makers else None for v in factors(product)
         ]
         shapes = {v: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device="meta") for v in self.makers}
         given = [shapes[v] if v in shapes else inputs.index(v) for v in product.args]
-        own = {v for maker in self.makers.values() for v in maker.group.inputs}
 
         def run(outputs: tuple, tensors: tuple, kwargs: dict) -> None:
             tensors = as_planned(tensors, inputs)
             args = tuple(tensors[x] if isinstance(x, int) else x for x in given)
             kernel.run(outputs, args, kwargs, prologues=tuple(p and p(tensors) for p in prologues))
 
-        may_overwrite = lambda output, operand: operand not in own and kernel.may_overwrite(output, operand)
-        return Kernel(run, may_overwrite, scratch=lambda eq: kernel.scratch(product))
+        return run
 
 
 def factors(product: Equation) -> tuple[Value, Value]:
@@ -124,17 +135,13 @@ def join_prologues(graph: Graph, kernels: dict[Equation, Kernel]) -> tuple[Graph
                 makers.setdefault(product, {})[v] = maker
     if not makers:
         return graph, {}
-    try:
-        built = functions(prologue_source(maker.layout) for each in makers.values() for maker in each.values())
-    except KernelError:  # the epilogues' code couldn't be built either, and that has been said
-        return graph, {}
     made: dict[Equation, Kernel] = {}
     equations: list[Equation] = []
     for eq in graph.equations:
         if eq in makers:
             op = Prologued(eq, makers[eq])
             new = op.equation(eq.source, "join_prologues")
-            made[new] = op.bind(kernels[eq], built)
+            made[new] = op.kernel(kernels[eq])
             eq = new
         if eq not in gone:
             equations.append(eq)

@@ -21,7 +21,7 @@ from ..graph.operators import draws
 from .again import results_apart
 from .cost import additions, cost
 from .fuse import Fused
-from .kernels import Kernel, unbuilt
+from .kernels import Kernel, fused_kernel
 from .plan import Plan, is_view, plan_memory, root_of
 
 FLOPS, BANDWIDTH = 2e11, 2e10
@@ -120,7 +120,7 @@ class _Search:
         if eq not in self.apart:
             self.apart[eq] = results_apart(eq)
             if eq in self.kernels:
-                self.kernels |= {part: unbuilt(part) for part in self.apart[eq]}
+                self.kernels |= {part: fused_kernel(part.op) for part in self.apart[eq]}
         return [eq, *self.apart[eq]]
 
     def _best_steps(self, fused_only: bool) -> list[Step]:
