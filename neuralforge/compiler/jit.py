@@ -194,7 +194,9 @@ class Outside:
     modules that ran keep them (`load_state_dict(assign=True)` puts others there)."""
 
     def __init__(self, tensors: list[torch.Tensor], modules: Iterable[nn.Module]):
-        self.tensors, self.alike, known = tensors, _alike(tensors), set(map(id, tensors))
+        known = {id(t): t for t in tensors}  # once each: torch's guard never holds for a tensor given twice
+        self.tensors = list(known.values())
+        self.alike = _alike(self.tensors)
         tables = [table for m in modules for table in (m._parameters, m._buffers)]
         self.places = [(table, name, t) for table in tables for name, t in table.items() if id(t) in known]
 

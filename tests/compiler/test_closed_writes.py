@@ -34,6 +34,7 @@ def test_batch_norm_keeps_its_statistics():
     module.eval(), theirs.eval()
     torch.testing.assert_close(step(params, x)[0], theirs(x).square().mean())
     assert module[1].num_batches_tracked == calls
+    assert len(step.programs) == 2  # one in training, one not
 
 
 def test_what_is_written_is_read_by_the_next_call():
