@@ -70,3 +70,15 @@ def test_copies_that_others_read_stay():
     args = [torch.randn(2, 3, 9, 8) for _ in range(3)]
     for found, truth in zip(nf.jit(f)(*args), f(*(x.double() for x in args))):
         torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_of_others_stays_as_it_is():
+    """PyTorch's kernel, which float64 has, lays its results out as the queries are."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(24, 3, batch_first=True).double()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    picture = torch.randn(4, 24, 9, dtype=torch.float64)
+    attend = lambda p, x: functional_call(module, p, (x, x, x), {"need_weights": False})[0]
+    f = nf.value_and_grad(lambda p, x: (x + attend(p, x.sin().mT).mT).sin().sum(), (0, 1))
+    (loss, (gradients, dx)), (true_loss, (truth, true_dx)) = nf.jit(f)(params, picture), f(params, picture)
+    torch.testing.assert_close((loss, dx, *gradients.values()), (true_loss, true_dx, *truth.values()))
