@@ -177,7 +177,7 @@ class Group:
             scale = 1
             if r.columns not in (None, columns):
                 return None
-        elif columns and n * columns == self.total and r.results == ("full",):
+        elif columns and not r.columns and n * columns == self.total and r.results == ("full",):
             scale = columns
         else:
             return None

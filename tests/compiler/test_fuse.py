@@ -224,3 +224,21 @@ def test_operands_in_another_order_are_copied_first():
     small = nf.jit(lambda a, b: a + b.t())
     small(a[:20, :20], b[:20, :20])
     assert "aten.clone" not in [eq.name for eq in small.programs[0].graph.equations]
+
+
+NORMALISING = {
+    "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1), "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "rms norm": lambda x: F.rms_norm(x, x.shape[1:]), "by its sum": lambda x: x / x.sum(1, keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [8, 10])
+@pytest.mark.parametrize("name", NORMALISING)
+def test_rows_of_what_rows_become(name, columns):
+    """Scores pooled over places, then normalised over channels: rows of another length than those pooled."""
+    torch.manual_seed(0)
+    f = lambda x: NORMALISING[name](x.exp().mean(2))
+    for step in (lambda x: (f(x),), nf.value_and_grad(lambda x: f(x).square().sum())):
+        x = torch.randn(4, 8, columns)
+        for found, truth in zip(nf.jit(step)(x), step(x.double()), strict=True):
+            torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
