@@ -20,7 +20,7 @@ import torch
 
 from ..graph.builder import Builder
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
-from ..graph.operators import draws
+from ..graph.operators import has_effect
 from .joined import Joined
 from .layout import Layout
 from .passes.rewrites import make
@@ -271,7 +271,7 @@ class _Grower:
         self.depended_on = 0  # the nodes that others depend on
         self.node_of: dict[Value, int] = {}
         self.views: dict[Value, Equation] = {}  # views looked through, by their result
-        self.drawn: int | None = None  # the last node that draws random numbers, which they all do in their order
+        self.effect: int | None = None  # the last node with an effect, which they all have in their order
         for eq in graph.equations:
             self._visit(eq)
         self._join_siblings()
@@ -296,10 +296,10 @@ class _Grower:
         for v in eq.inputs:
             if v in self.node_of:
                 mask |= self.depends[self.node_of[v]] | 1 << self.node_of[v]
-        if draws(eq.op, eq.args, eq.kwargs):
-            if self.drawn is not None:
-                mask |= self.depends[self.drawn] | 1 << self.drawn
-            self.drawn = len(self.depends)
+        if has_effect(eq.op, eq.args, eq.kwargs):
+            if self.effect is not None:
+                mask |= self.depends[self.effect] | 1 << self.effect
+            self.effect = len(self.depends)
         r = role(eq)
         group = None if r is None else self._join(eq, r)
         if group is None:
@@ -448,7 +448,7 @@ def _escaping(graph: Graph, members: dict[Equation, Group]) -> set[Value]:
 
 
 def _ordered(graph: Graph, members: dict[Equation, Group]) -> list[Any]:
-    """Equations and groups in an order that respects dependencies, and that of random draws: earliest first, a group
+    """Equations and groups in an order that respects dependencies, and that of effects: earliest first, a group
     counting as its last member."""
     node_of: dict[Value, Any] = {}
     position: dict[Any, int] = {}
@@ -457,15 +457,15 @@ def _ordered(graph: Graph, members: dict[Equation, Group]) -> list[Any]:
         position[node] = i
         for v in eq.results:
             node_of[v] = node
-    random = [eq for eq in graph.equations if draws(eq.op, eq.args, eq.kwargs)]
-    drawn_before = dict(zip(random[1:], random))
+    effects = [eq for eq in graph.equations if has_effect(eq.op, eq.args, eq.kwargs)]
+    effect_before = dict(zip(effects[1:], effects))
     waiting = dict.fromkeys(position, 0)
     followers: dict[Any, list] = {node: [] for node in position}
     for node in position:
         inputs = node.inputs if isinstance(node, Equation) else node.inputs()
         earlier = {node_of[v] for v in inputs if v in node_of} - {node}
-        if node in drawn_before:
-            earlier.add(drawn_before[node])
+        if node in effect_before:
+            earlier.add(effect_before[node])
         for before in earlier:
             followers[before].append(node)
             waiting[node] += 1

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -79,6 +80,8 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
             birth[v] = i
             if v not in roots:
                 death[v] = i
+    for v, i in _waited_for(graph):
+        death[root_of(roots, v)] = max(death[root_of(roots, v)], i)
     end = len(graph.equations)
     escaping = {root_of(roots, v) for v in leaves(graph.outputs)}
     for v in escaping:
@@ -136,6 +139,14 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
     plan.in_use = _profile([*outside, *inside], end)
     plan.peak_bytes = plan.arena_bytes + max(_profile(outside, end), default=0)
     return plan
+
+
+def _waited_for(graph: Graph) -> Iterator[tuple[Value, int]]:
+    """What collectives still read after they have returned, with the equation that waits for them."""
+    producers = graph.producers()
+    for i, eq in enumerate(graph.equations):
+        if eq.name == "_c10d_functional.wait_tensor" and eq.args[0] in producers:
+            yield from ((v, i) for v in producers[eq.args[0]].inputs)
 
 
 def _find_parts(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..errors import MemoryBudgetError
 from ..graph import Graph, verify
 from ..graph.ir import Equation, Value, map_tree, substitute
-from ..graph.operators import draws
+from ..graph.operators import has_effect
 from .again import results_apart
 from .cost import additions, cost
 from .fuse import Fused
@@ -136,7 +136,7 @@ class _Search:
         able = [
             (i, candidate)
             for i, eq in enumerate(self.graph.equations)
-            if eq.origin != "recomputed" and not is_view(eq) and not draws(eq.op, eq.args, eq.kwargs)
+            if eq.origin != "recomputed" and not is_view(eq) and not has_effect(eq.op, eq.args, eq.kwargs)
             for candidate in self._candidates(eq)
             if isinstance(candidate.op, Fused) or not fused_only
         ]
@@ -185,7 +185,7 @@ class _Search:
             if v is not root and maker is not None:  # a view of what may be made again
                 chain.append(maker)
                 todo.append(maker.args[0])
-            elif most and maker is not None and maker.origin != "recomputed" and not draws(maker.op, maker.args, maker.kwargs):
+            elif most and maker is not None and maker.origin != "recomputed" and not has_effect(maker.op, maker.args, maker.kwargs):
                 most -= 1
                 chain.append(maker)
                 todo += maker.inputs

@@ -24,7 +24,7 @@ from . import gradient_mode, source
 from .fake import TENSORS, FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
-from .operators import BY_STORAGE, is_random
+from .operators import BY_STORAGE, Traits, is_random
 from .source import line_of, origin, user_line
 from .tracer import Tracer
 from .tree import TreeSpec, tree_flatten, tree_unflatten
@@ -81,6 +81,14 @@ class Capture(Tracer):
         value = self._new(self._fake(tensor))
         self.graph.inputs.append(value)
         return value.fake
+
+    def _dispatch(self, func: Callable, traits: Traits, args: tuple, kwargs: dict) -> Any:
+        if func.namespace == "c10d":
+            raise CaptureError(
+                f"{user_line()}: {func.overloadpacket} of torch.distributed writes in place, in its own time, which a graph doesn't see. Use "
+                f"torch.distributed._functional_collectives, whose results are new tensors, or call it outside of the captured function."
+            )
+        return super()._dispatch(func, traits, args, kwargs)
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func.overloadpacket in BY_STORAGE and storage_of(args[0]) in self._partial:

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .ir import Equation, Graph, Value, bind, substitute
-from .operators import is_random
+from .operators import is_unique
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ class Literals:
         return self._known[v]
 
     def _computed(self, eq: Equation) -> bool:
-        return not is_random(eq.op) and "empty" not in eq.name and sum(v.nbytes for v in eq.results) <= self.largest
+        return not is_unique(eq.op) and "empty" not in eq.name and sum(v.nbytes for v in eq.results) <= self.largest
 
 
 def is_literal(eq: Equation, constants: dict[Value, torch.Tensor]) -> bool:

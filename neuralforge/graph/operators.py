@@ -71,6 +71,22 @@ def _dropout_at(func: Any) -> int | None:
     return names.index("dropout_p") if "dropout_p" in names else None
 
 
+def is_collective(func: Any) -> bool:
+    """Is it an operator that the other ranks take part in? (`torch.distributed._functional_collectives` is made of these.)"""
+    return getattr(func, "namespace", "") == "_c10d_functional"
+
+
+def is_unique(func: Any) -> bool:
+    """May a call of an operator not stand for another one with equal arguments, nor be made beforehand?"""
+    return is_random(func) or is_collective(func)
+
+
+def has_effect(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Is this call of an operator to be made once and in its turn, whether its result is read or not? A draw moves torch's generator;
+    the other ranks wait for a collective, and have another one next if it is out of turn."""
+    return is_collective(func) or draws(func, args, kwargs)
+
+
 BY_STORAGE = {getattr(torch.ops.aten, name) for name in ("as_strided", "as_strided_scatter", "as_strided_copy")}
 """Operators that go by the memory of their argument, not by its elements."""
 

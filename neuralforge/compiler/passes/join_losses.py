@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ...graph.ir import Equation, Graph
-from ...graph.operators import draws
+from ...graph.operators import has_effect
 from .dataflow import Dataflow
 from .rewrites import make, refuse
 
@@ -50,7 +50,7 @@ def _early(flow: Dataflow, loss: Equation, backward: Equation) -> list[Equation]
     early, todo = set(), [grad] if grad_lse is None else [grad, grad_lse]
     while todo:
         eq = flow.producers.get(todo.pop())
-        if eq is loss or eq is not None and draws(eq.op, eq.args, eq.kwargs):
+        if eq is loss or eq is not None and has_effect(eq.op, eq.args, eq.kwargs):
             return None
         if eq is not None and eq not in early and flow.position[eq] > flow.position[loss]:
             early.add(eq)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...graph.ir import Equation, Graph, Value
-from ...graph.operators import is_random
+from ...graph.operators import is_unique
 from .dataflow import is_identity
 from .views import viewed
 
@@ -48,7 +48,7 @@ class Numbers:
 
     def key(self, eq: Equation, of: dict[Value, int]) -> Any:
         """What tells the results of `eq` apart from others, given the numbers of its operands."""
-        if is_random(eq.op):
+        if is_unique(eq.op):
             return (eq,)
         # What was computed again on purpose is not what was computed before.
         again = eq.origin.startswith("recomputed")

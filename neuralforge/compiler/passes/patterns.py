@@ -23,7 +23,7 @@ from ...autograd import vjp
 from ...graph import capture
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
-from ...graph.operators import draws
+from ...graph.operators import has_effect
 from .dataflow import Dataflow, is_identity
 from .layout import emit, follow
 from .numbers import COMMUTATIVE, Numbers, form, hashable
@@ -405,7 +405,7 @@ def _still_needed(graph: Graph, plans: list[_Plan]) -> set[Equation]:
             read.setdefault(at, []).extend([*plan.inputs, *cotangents])
     wanted, found = {*leaves(graph.outputs), *read.get(len(graph.equations), ())}, set()
     for i, eq in reversed(list(enumerate(graph.equations))):
-        if any(v in wanted and v not in replaced for v in eq.results) or draws(eq.op, eq.args, eq.kwargs):
+        if any(v in wanted and v not in replaced for v in eq.results) or has_effect(eq.op, eq.args, eq.kwargs):
             wanted.update(eq.inputs)
             found.add(eq)
         wanted.update(read.get(i, ()))

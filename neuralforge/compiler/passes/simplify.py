@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from ...graph.ir import Equation, Graph, Value, leaves, substitute
-from ...graph.operators import draws, is_random
+from ...graph.operators import has_effect, is_unique
 
 aten = torch.ops.aten
 
 
 def dead_code(graph: Graph) -> Graph:
-    """Drop equations none of whose results is used, but none that advances torch's generator of random numbers."""
+    """Drop equations none of whose results is used, but none that has an effect beside."""
     used = set(leaves(graph.outputs))
     kept = []
     for eq in reversed(graph.equations):
-        if any(v in used for v in eq.results) or draws(eq.op, eq.args, eq.kwargs):
+        if any(v in used for v in eq.results) or has_effect(eq.op, eq.args, eq.kwargs):
             used.update(eq.inputs)
             kept.append(eq)
     constants = {v: t for v, t in graph.constants.items() if v in used}
@@ -27,11 +27,11 @@ def dead_code(graph: Graph) -> Graph:
 
 
 def common_subexpressions(graph: Graph) -> Graph:
-    """Compute equal things once. Random operators are never equal; nor is what was recomputed on purpose."""
+    """Compute equal things once. Random draws and collectives are never equal; nor is what was recomputed on purpose."""
     seen: dict[Any, Any] = {}
 
     def reuse(eq: Equation) -> Any:
-        if is_random(eq.op) or eq.origin.startswith("recomputed"):
+        if is_unique(eq.op) or eq.origin.startswith("recomputed"):
             return eq
         first = seen.setdefault((eq.op, _key(eq.args), _key(tuple(sorted(eq.kwargs.items())))), eq)
         return eq if first is eq else first.outputs
