@@ -21,8 +21,10 @@ def init() -> NoiseState:
 
 def update(state: NoiseState, statistics: Statistics, decay: float = 0.99) -> NoiseState:
     """With the estimates of one more step. Signal and noise are averaged apart: the quotient of the means is the noise
-    scale, the mean of the quotients is not. Both begin at 0, and so are too small by the same factor."""
-    mix = lambda old, new: old * decay + new.to(old.dtype) * (1 - decay)
+    scale, the mean of the quotients is not. Both begin at 0, and so are too small by the same factor. A step whose gradients
+    overflowed, which loss scaling skips, tells nothing."""
+    told = statistics.signal.isfinite() & statistics.noise.isfinite()
+    mix = lambda old, new: torch.where(told, old * decay + new.to(old.dtype) * (1 - decay), old)
     return {"signal": mix(state["signal"], statistics.signal), "noise": mix(state["noise"], statistics.noise)}
 
 

@@ -97,3 +97,13 @@ def test_bounds(least, most):
 def test_a_saved_count_out_of_bounds():
     with pytest.raises(ConfigError, match="16 micro-batches; expected 2 to 8"):
         BatchController(2, 8).load_state_dict({"count": 16, "votes": 0})
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_gradients_that_overflow_leave_the_means_as_they_were(bad):
+    params = {"w": torch.ones(3)}
+    sums = accumulation.empty(params)
+    for size in (1.0, bad):
+        sums = accumulation.add(sums, torch.ones(()), {"w": torch.full((3,), size)})
+    state = {"signal": torch.tensor(2.0), "noise": torch.tensor(3.0)}
+    assert noise_scale.update(state, accumulation.statistics(sums)) == state
