@@ -352,7 +352,8 @@ def _variance(self: Layout, x: Node, less: Any = 0) -> tuple[Node, Node, Node]:
     mean = self.mean(self._fold("sum", x))
     off = self._node(f"({x.name} - {mean.name})", x.t, [x, mean])
     total = self._fold("sum", self._node(f"({off.name} * {off.name})", x.t, [off]))
-    return mean, off, self._node(f"({total.name} / SET_{x.t}(columns - {less!r}))", x.t, [total], cost=4)
+    count = f"(columns > {less!r} ? columns - {less!r} : 0)" if less else "columns"
+    return mean, off, self._node(f"({total.name} / SET_{x.t}({count}))", x.t, [total], cost=4)
 
 
 def _var(self: Layout, eq: Equation, r: Role) -> None:

@@ -124,6 +124,15 @@ def test_variance_without_degrees_of_freedom(run):
         assert run(lambda x: nf.jvp(variance, (x,), (x,))[1])(make(*shape)).isnan().all()  # noqa: B023
 
 
+@pytest.mark.parametrize("choose", [torch.fmax, torch.fmin, torch.maximum, torch.minimum])
+def test_choices_beside_nan(choose):
+    nan = math.nan
+    xs = torch.tensor([1.0, 2, nan, 3, 2, nan]), torch.tensor([1.0, nan, nan, 2, 3, 2])
+    leaves = [x.clone().requires_grad_() for x in xs]
+    truth = torch.autograd.grad(choose(*leaves).sum(), leaves)
+    torch.testing.assert_close(nf.grad(lambda a, b: choose(a, b).sum(), (0, 1))(*xs), truth)
+
+
 def test_index_fill_counts_a_repeated_index_once():
     x, value = make(4), torch.tensor(2.0, dtype=torch.float64)
     g = nf.grad(lambda v: x.index_fill(0, torch.tensor([1, 1, 3]), v).sum())(value)

@@ -124,6 +124,8 @@ def test_variances_over_any_dimensions(how, dim, options):
 def test_variances_of_too_few_numbers_are_as_in_pytorch():
     for x, dim in ((torch.randn(1, 4), 0), (torch.randn(3, 0), 1), (torch.randn(()), None)):
         torch.testing.assert_close(nf.jit(lambda x: x.var(dim))(x), x.var(dim), equal_nan=True)
+    of_rows = lambda x: (x.exp() * 2).var(1, correction=3) * 2
+    torch.testing.assert_close(nf.jit(of_rows)(x := torch.randn(40, 2)), of_rows(x))
 
 
 OF_A_NUMBER = {

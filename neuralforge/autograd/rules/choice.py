@@ -17,13 +17,13 @@ def masked_fill(y, x, mask, value):
     return symmetric(lambda g: g.masked_fill(mask, 0)), None, symmetric(lambda g: torch.where(mask, g, 0))
 
 
-@rule("maximum", "fmax")
+@rule("maximum")
 def maximum(y, a, b):
     share = lambda x, other: symmetric(lambda g: _share(g, x < other, x == other))
     return share(a, b), share(b, a)
 
 
-@rule("minimum", "fmin")
+@rule("minimum")
 def minimum(y, a, b):
     share = lambda x, other: symmetric(lambda g: _share(g, x > other, x == other))
     return share(a, b), share(b, a)
@@ -32,6 +32,21 @@ def minimum(y, a, b):
 def _share(g, loses, ties):
     """Equal arguments share the derivative, as in PyTorch."""
     return torch.where(ties, g / 2, g).masked_fill(loses, 0)
+
+
+@rule("fmax")
+def fmax(y, a, b):
+    return _chosen(lambda: (a >= b) | b.isnan())
+
+
+@rule("fmin")
+def fmin(y, a, b):
+    return _chosen(lambda: (a <= b) | b.isnan())
+
+
+def _chosen(first):
+    """One argument is taken, and NaN only beside NaN."""
+    return symmetric(lambda g: torch.where(first(), g, 0)), symmetric(lambda g: torch.where(first(), 0, g))
 
 
 @rule("clamp", "clamp.Tensor")
