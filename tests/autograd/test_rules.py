@@ -133,6 +133,24 @@ def test_choices_beside_nan(choose):
     torch.testing.assert_close(nf.grad(lambda a, b: choose(a, b).sum(), (0, 1))(*xs), truth)
 
 
+EDGES = {
+    "xlogy": torch.xlogy, "xlog1py": torch.special.xlog1py, "xlogy of a number": lambda x, b: torch.xlogy(x, 2) + torch.xlogy(0, b),
+    "entr": lambda x, b: torch.special.entr(x) * b, "sinc": lambda x, b: x.sinc() * b,
+    "std": lambda x, b: x.expand(3, 6).std(0) * b, "std_mean": lambda x, b: sum(torch.std_mean(x.expand(2, 6).exp(), 0, keepdim=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_where_a_plain_formula_gives_nan(name):
+    f = EDGES[name]
+    xs = torch.tensor([0.0, 0, 0, 1, 0.5, 2]), torch.tensor([0.0, 2, -0.5, 1, -1, 3])
+    leaves = [x.clone().requires_grad_() for x in xs]
+    truth = torch.autograd.grad(f(*leaves).sum(), leaves, materialize_grads=True)
+    for run in (lambda g: g, nf.jit):
+        found = run(nf.grad(lambda x, b: f(x, b).sum(), (0, 1)))(*xs)
+        torch.testing.assert_close(found, truth, equal_nan=True)
+
+
 def test_index_fill_counts_a_repeated_index_once():
     x, value = make(4), torch.tensor(2.0, dtype=torch.float64)
     g = nf.grad(lambda v: x.index_fill(0, torch.tensor([1, 1, 3]), v).sum())(value)

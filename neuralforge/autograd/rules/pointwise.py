@@ -152,6 +152,26 @@ def log10(y, x):
     return diagonal(lambda: 1 / (x * math.log(10)))
 
 
+@rule("xlogy")
+def xlogy(y, x, b):
+    return _times_log(x, lambda one: torch.xlogy(one, b), b)
+
+
+@rule("special_xlog1py")
+def xlog1py(y, x, b):
+    return _times_log(x, lambda one: torch.special.xlog1py(one, b), b + 1)
+
+
+def _times_log(x, log, b):
+    """Of x log(b), which is 0 at x = 0."""
+    return diagonal(lambda: torch.where((x == 0) & (b <= 0), 0, log(torch.ones_like(x)))), diagonal(lambda: x / b)
+
+
+@rule("special_entr")
+def entr(y, x):
+    return diagonal(lambda: -1 - x.log())
+
+
 @rule("log1p")
 def log1p(y, x):
     return Derivative(lambda g: g / conj(x + 1), lambda t: t / (x + 1))
@@ -170,6 +190,11 @@ def cos(y, x):
 @rule("tan")
 def tan(y, x):
     return diagonal(lambda: 1 + y * y)
+
+
+@rule("sinc")
+def sinc(y, x):
+    return diagonal(lambda: torch.where(x == 0, 0, ((math.pi * x).cos() - y) / torch.where(x == 0, 1, x)))
 
 
 @rule("sinh")

@@ -48,6 +48,20 @@ def var(y, x, dim=None, *, correction=None, keepdim=False):
     )
 
 
+@rule("std.correction")
+def std(y, x, dim=None, *, correction=None, keepdim=False):
+    # Flat where all numbers are equal, as in PyTorch.
+    of_variance = lambda z: z / torch.where(y == 0, math.inf, 2 * y)
+    variance = var(None, x, dim, correction=correction, keepdim=keepdim)
+    return Derivative(lambda g: variance.vjp(of_variance(g)), lambda t: of_variance(variance.jvp(t)))
+
+
+@definition("std_mean.correction")
+def std_mean(x, dim=None, *, correction=None, keepdim=False):
+    mean = _sum(x, dim, keepdim) / count(x.shape, dim)
+    return aten.std.correction(x, dim, correction=correction, keepdim=keepdim), mean
+
+
 def _sum(x, dim, keepdim):
     if dim is None or dim == []:
         total = x.sum()
