@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import CaptureError
 from ..memory import paused_collector
 from . import gradient_mode, source
+from .by_storage import from_operand
 from .fake import TENSORS, FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
@@ -91,11 +92,16 @@ class Capture(Tracer):
         return super()._dispatch(func, traits, args, kwargs)
 
     def record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func.overloadpacket in BY_STORAGE and storage_of(args[0]) in self._partial:
-            raise CaptureError(
-                f"{user_line()}: {func} reads the memory around a tensor that is itself a part of a larger one, which a "
-                f"graph doesn't see. Use slicing, unfold or diagonal, or pass the larger tensor."
-            )
+        if func.overloadpacket in BY_STORAGE:
+            if storage_of(args[0]) in self._partial:
+                raise CaptureError(
+                    f"{user_line()}: {func} reads the memory around a tensor that is itself a part of a larger one, which a "
+                    f"graph doesn't see. Use slicing, unfold or diagonal, or pass the larger tensor."
+                )
+            return from_operand(lambda func, args: self._record(func, args, {}), func, args, kwargs)
+        return self._record(func, args, kwargs)
+
+    def _record(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if (gradient_mode.state.off or self._constants_only) and func is not aten.detach.default:
             args, kwargs = map_tree(self._detach, (args, kwargs))  # vmap's graphs are differentiated later
         arg_values, kwarg_values = map_tree(self.value, args), map_tree(self.value, kwargs)

@@ -77,6 +77,32 @@ def test_writes_through_views_are_functional(write):
     check(f, torch.randn(2, 3))
 
 
+BY_STORAGE = {
+    "the diagonal": lambda x: x.fill_diagonal_(2.0),
+    "a part's diagonal": lambda x: x[1:].clone().fill_diagonal_(2.0),
+    "a part": lambda x: x.as_strided((2, 3), (4, 1), 2),
+    "a copy": lambda x: torch.as_strided_copy(x, (2, 3), (4, 1), 1),
+    "written": lambda x: x.as_strided((2,), (5,), 1).mul_(2) + x.sum(),
+    "scattered": lambda x: torch.as_strided_scatter(x, x[:2, :3] * 2, (2, 3), (4, 1), 1),
+}
+
+
+@pytest.mark.parametrize("name", BY_STORAGE)
+def test_as_strided_counts_from_its_operand(name):
+    """Compiled programs put tensors elsewhere than at the beginning of a memory of their own."""
+    torch.manual_seed(0)
+    f = lambda x, w: BY_STORAGE[name](w @ (w @ x)).sin().sum()
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    torch.testing.assert_close(nf.jit(f)(x, w), f(x, w), rtol=1e-4, atol=1e-4)
+    step = nf.grad(f, (0, 1))
+    torch.testing.assert_close(nf.jit(step)(x, w), step(x, w), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_before_the_operand_is_refused():
+    with pytest.raises(CaptureError, match="test_capture.py.*begins 4 elements before its operand.*larger tensor"):
+        nf.jit(lambda x: x.sin()[1:].as_strided((4,), (1,), 0) * 2)(torch.randn(4, 4))
+
+
 def test_write_through_a_view_made_after_a_write():
     def f(x):
         y = x * 1
