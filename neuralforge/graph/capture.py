@@ -320,6 +320,20 @@ _TOLD_OTHERWISE = {
 """What PyTorch's errors mean while a graph is captured, by words of theirs."""
 
 
+_FIXED_SHAPE = {
+    aten.repeat_interleave: "Pass output_size, the number of elements of the result",
+    aten.bincount: "Use x.new_zeros(n).index_add(0, x, torch.ones_like(x)) for numbers below n",
+    aten._pack_padded_sequence: (
+        "Run the layer on the padded sequences, mask what is padded, and take the last outputs by y[torch.arange(len(y)), lengths - 1]"
+    ),
+    aten._ctc_loss: (
+        "Pass input_lengths and target_lengths as tuples of numbers, with reduction='sum' or 'none' (other lengths are captured anew), or "
+        "make an operator of the loss and its derivative with nf.opaque and nf.custom_vjp"
+    ),
+}
+"""What to do in place of operators of which the result's shape depends on the data."""
+
+
 def _data_dependent(func: Callable) -> str:
     if func is torch.ops.aten._local_scalar_dense.default:
         what = (
@@ -333,4 +347,5 @@ def _data_dependent(func: Callable) -> str:
     else:
         what = f"{func} gives a result whose shape depends on the data, which a captured graph can't hold"
         mend = "Use a masked operation of fixed shape (torch.where, multiplication by a mask), or move it outside"
+        mend = _FIXED_SHAPE.get(func.overloadpacket, mend)
     return f"{user_line()}: {what}. {mend}."
