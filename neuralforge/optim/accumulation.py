@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..graph.tree import tree_leaves, tree_map
+from .base import absolute_squares, norm_dtype
 
 Sums = dict[str, Any]
 
@@ -24,10 +25,10 @@ Sums = dict[str, Any]
 def empty(params: Any) -> Sums:
     """Sums over no micro-batch yet, for gradients like `params` (kept in float32 at least)."""
     wide = lambda p: torch.promote_types(p.dtype, torch.float32)
-    zero = lambda: torch.zeros((), dtype=_scalar(params))
+    zero = lambda: torch.zeros((), dtype=norm_dtype(tree_leaves(params)))
     return {
         "grads": tree_map(lambda p: torch.zeros_like(p, dtype=wide(p), requires_grad=False), params),
-        "squares": torch.zeros(len(tree_leaves(params)), dtype=_scalar(params)),
+        "squares": torch.zeros(len(tree_leaves(params)), dtype=norm_dtype(tree_leaves(params))),
         "loss": zero(),
         "weight": zero(),
         "count": zero(),
@@ -87,10 +88,7 @@ def statistics(sums: Sums) -> Statistics:
 
 
 def squares(tree: Any) -> torch.Tensor:
-    """[leaves]: each leaf's square of the Euclidean norm, float32 (float64 if a leaf is)."""
-    dtype = _scalar(tree)
-    return torch.stack([x.to(dtype).square().sum() for x in tree_leaves(tree)])
-
-
-def _scalar(tree: Any) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tree_leaves(tree)) else torch.float32
+    """[leaves]: each leaf's square of the Euclidean norm, float32 (float64 if a leaf has numbers of 64 bits)."""
+    leaves = tree_leaves(tree)
+    dtype = norm_dtype(leaves)
+    return torch.stack([absolute_squares(x, dtype).sum() for x in leaves])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .base import Optimizer, Rule, Schedule, leaf_by_leaf, learning_rate
-from .checks import check, is_at_least_0, is_rate
+from .checks import check, check_real, is_at_least_0, is_rate
 
 
 def adafactor(
@@ -24,7 +25,7 @@ def adafactor(
     `lr` bounds the relative step, which is at most 1/sqrt(step); the mean squares decay by `1 - step ** beta2_decay`;
     `eps` is (least root of a mean square, None for the dtype's epsilon; least root mean square of a parameter). `decay(parameter)`
     says which parameters decay (default: all). The state holds `step`, `rows` and `columns` for tensors of two dimensions and
-    more, and `v` for the others. Raises ConfigError for a value out of range.
+    more, and `v` for the others. Raises ConfigError for a value out of range and for complex parameters.
     """
     check(
         "adafactor",
@@ -67,7 +68,13 @@ def adafactor(
         "columns": matrix(lambda p: p.new_zeros(*p.shape[:-2], 1, p.shape[-1])),
         "v": lambda p: torch.zeros_like(p) if p.dim() < 2 else p.new_zeros(0),
     }
-    return leaf_by_leaf(slots, at)
+    optimizer = leaf_by_leaf(slots, at)
+
+    def init(params: Any) -> dict[str, Any]:
+        check_real("adafactor", params)
+        return optimizer.init(params)
+
+    return optimizer._replace(init=init)
 
 
 def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:

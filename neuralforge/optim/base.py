@@ -101,6 +101,19 @@ def _of_real_numbers(rule: Rule, p: torch.Tensor, g: torch.Tensor, *slots: torch
     return tuple(torch.view_as_complex(y.contiguous()) if x.is_complex() else y for x, y in made)
 
 
+def absolute_squares(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """|x|^2 of each element, in the real `dtype`."""
+    if not x.is_complex():
+        return x.to(dtype).square()
+    return torch.view_as_real(x.resolve_conj()).to(dtype).square().sum(-1)
+
+
+def norm_dtype(leaves: list) -> torch.dtype:
+    """What norms of these tensors, or None, are computed in: float64 if one has numbers of 64 bits, else float32."""
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(x is not None and x.dtype in wide for x in leaves) else torch.float32
+
+
 def zeros(p: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(p)
 

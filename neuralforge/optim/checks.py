@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError
+from .groups import named_leaves
 
 
 def check(optimizer: str, **values: tuple[Any, bool, str]) -> None:
@@ -12,6 +13,15 @@ def check(optimizer: str, **values: tuple[Any, bool, str]) -> None:
     for name, (value, good, expected) in values.items():
         if not good:
             raise ConfigError(f"{optimizer}: {name}={value!r}; expected {expected}.")
+
+
+def check_real(optimizer: str, params: Any) -> None:
+    """Raise ConfigError for a complex parameter."""
+    for name, p in named_leaves(params).items():
+        if p is not None and p.is_complex():
+            raise ConfigError(
+                f"{optimizer}: the parameter {name or 'given'} is {p.dtype}; expected real numbers. Give it to adamw or sgd, with groups()."
+            )
 
 
 def is_rate(lr: Any) -> tuple[Any, bool, str]:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from ..graph.tree import tree_leaves, tree_map
-from .base import Optimizer
+from .base import Optimizer, absolute_squares, norm_dtype
 from .checks import check
 
 
 def global_norm(tree: Any) -> torch.Tensor:
-    """The Euclidean norm of all elements of a pytree together: a float32 scalar (float64 for float64 leaves)."""
+    """The Euclidean norm of all elements of a pytree together: a float32 scalar (float64 for leaves of 64 bits)."""
     leaves = [x for x in tree_leaves(tree) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in leaves) else torch.float32
-    squares = [x.to(dtype).square().sum() for x in leaves]
+    dtype = norm_dtype(leaves)
+    squares = [absolute_squares(x, dtype).sum() for x in leaves]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=dtype)
 
 
@@ -53,5 +53,5 @@ def clip_adaptively(share: float = 0.01, eps: float = 1e-3) -> Optimizer:
 
 
 def _unit_norm(x: torch.Tensor) -> torch.Tensor:
-    squares = x.square()
+    squares = absolute_squares(x, x.dtype.to_real())
     return (squares.sum() if x.dim() < 2 else squares.sum(tuple(range(1, x.dim())), keepdim=True)).sqrt()

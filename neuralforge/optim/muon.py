@@ -12,7 +12,7 @@ import torch
 from ..errors import ConfigError
 from ..graph.tree import tree_flatten, tree_map, tree_unflatten
 from .base import Optimizer, Schedule, learning_rate, like_parameters, zeros
-from .checks import check, is_at_least_0, is_rate, is_share
+from .checks import check, check_real, is_at_least_0, is_rate, is_share
 from .groups import named_leaves
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -43,7 +43,7 @@ def muon(
     by itself. `dtype` is that of the Newton–Schulz iteration (default: the parameter's).
 
     The state holds `step` and `m`, shaped like the parameters. Raises ConfigError for a value out of range, for a parameter that
-    isn't a matrix, and for rows that don't split into the blocks.
+    isn't a real matrix, and for rows that don't split into the blocks.
     """
     check(
         "muon",
@@ -66,6 +66,7 @@ def muon(
         return count
 
     def init(params: Any) -> dict[str, Any]:
+        check_real("muon", params)
         for name, p in named_leaves(params).items():
             parts(name, p)
         return {"step": torch.zeros((), dtype=torch.int64), "m": tree_map(zeros, params)}

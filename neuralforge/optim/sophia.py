@@ -19,6 +19,7 @@ from ..autograd import grad, hvp
 from ..errors import ConfigError
 from ..graph.tree import tree_flatten, tree_map, tree_unflatten
 from .base import Optimizer, Schedule, learning_rate, like_parameters
+from .checks import check_real
 
 
 class Rule(NamedTuple):
@@ -69,7 +70,7 @@ def sophia(
 
     `update` takes the estimate as `curvature`, a pytree like the parameters, or None to leave h as it is. The state holds `step`,
     `m`, `h`, and `unclipped`: the share of elements whose ratio was within the bounds at the newest estimate, float32.
-    0.1 to 0.5 is healthy; below, raise gamma. Raises ConfigError for a value out of range.
+    0.1 to 0.5 is healthy; below, raise gamma. Raises ConfigError for a value out of range and for complex parameters.
     """
     if like not in RULES:
         raise ConfigError(f"sophia: like={like!r}; expected one of {', '.join(RULES)}.")
@@ -89,6 +90,7 @@ def sophia(
     beta1, beta2 = rule.betas
 
     def init(params: Any) -> dict[str, Any]:
+        check_real("sophia", params)
         zeros = lambda p: torch.zeros_like(p, requires_grad=False)
         step = torch.zeros((), dtype=torch.int64)
         return {"step": step, "m": tree_map(zeros, params), "h": tree_map(zeros, params), "unclipped": torch.zeros(())}

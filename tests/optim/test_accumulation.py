@@ -96,3 +96,11 @@ def test_signal_and_noise_are_unbiased(weights):
 def test_one_micro_batch_tells_norms_only():
     found = accumulation.statistics(accumulated([{"w": torch.tensor([3.0, 4.0])}], [2]))
     assert found.norms == 5 and not found.signal.isfinite() and not found.noise.isfinite()
+
+
+def test_statistics_of_complex_gradients_are_those_of_real_ones():
+    grads = [{"a": torch.complex(draw(6, 3, seed=k), draw(6, 3, seed=9 + k))} for k in range(3)]
+    real = [{"a": torch.view_as_real(g["a"])} for g in grads]
+    found, expected = (accumulation.statistics(accumulated(x, [1.0, 2.0, 3.0])) for x in (grads, real))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)

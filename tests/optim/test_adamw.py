@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import neuralforge as nf
 from neuralforge import optim
 from neuralforge.errors import ConfigError
 
@@ -72,3 +73,18 @@ def test_bias_correction_survives_many_steps():
 def test_values_out_of_range(bad, message):
     with pytest.raises(ConfigError, match=message):
         optim.adamw(**{"lr": 1e-3, **bad})
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_the_norm_of_complex_gradients_equals_torch(limit):
+    generator = torch.Generator().manual_seed(0)
+    grads = {"a": torch.randn(5, 3, dtype=torch.complex64, generator=generator), "b": torch.randn(4, generator=generator)}
+    params = {k: torch.zeros_like(v).requires_grad_() for k, v in grads.items()}
+    for k, p in params.items():
+        p.grad = grads[k].clone()
+    norm = torch.nn.utils.clip_grad_norm_(params.values(), limit)
+    for run in (optim.clip_gradients, nf.jit(optim.clip_gradients)):
+        clipped, found = run({**grads, "a": grads["a"].conj().resolve_conj().conj()}, limit)
+        torch.testing.assert_close(found, norm)
+        torch.testing.assert_close(clipped, {k: p.grad for k, p in params.items()})
+    assert optim.clip_gradients({"a": torch.tensor([3 + 4j], dtype=torch.complex128)}, 1.0)[1].dtype == torch.float64

@@ -129,6 +129,15 @@ def test_adaptive_clipping_equals_the_paper(compiled):
     assert 0 < touched < 12, "some are clipped, some aren't"
 
 
+def test_adaptive_clipping_of_complex_numbers_is_that_of_real_ones():
+    grads, params = ({"w": torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))} for n in (0, 1))
+    paired = lambda tree: {"w": torch.view_as_complex(tree["w"].unflatten(1, (3, 2)).contiguous())}
+    expected, _ = optim.clip_adaptively(0.5).update(grads, (), params)
+    found, _ = optim.clip_adaptively(0.5).update(paired(grads), (), paired(params))
+    torch.testing.assert_close(found, paired(expected))
+    assert not torch.equal(expected["w"], grads["w"])
+
+
 def test_adaptive_clipping_equals_optax():
     """Which takes columns as units."""
     grads, params = draw(1, {"w": (7, 5), "b": (5,)}), draw(0, {"w": (7, 5), "b": (5,)})
@@ -231,6 +240,12 @@ def test_extra_arguments_flow_through_every_wrapper():
 def test_errors(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "sophia"])
+def test_complex_parameters_are_refused_by_rules_of_real_numbers(name):
+    with pytest.raises(ConfigError, match=rf"{name}: the parameter w is torch.complex64; expected real numbers.*adamw or sgd, with groups"):
+        getattr(optim, name)(LR).init({"b": torch.ones(2, 2), "w": torch.ones(2, 2, dtype=torch.complex64)})
 
 
 def test_averages_of_master_weights_and_of_rounded_ones():
