@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..graph.tree import tree_leaves, tree_map
-from .base import absolute_squares, norm_dtype
+from ..graph.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .base import absolute_squares, like_parameters, norm_dtype
 
 Sums = dict[str, Any]
 
@@ -38,7 +38,8 @@ def empty(params: Any) -> Sums:
 def add(sums: Sums, loss: torch.Tensor, grads: Any, weight: float | torch.Tensor = 1.0) -> Sums:
     """With one more micro-batch, of mean loss `loss` and gradients `grads`. `weight` is what the mean is over: the number
     of targets that count. One of weight 0 is ignored, even if its mean, over nothing, is NaN."""
-    dtype = sums["weight"].dtype
+    dtype, tree = sums["weight"].dtype, tree_flatten(sums["grads"])[1]
+    grads = tree_unflatten(like_parameters(tree, "gradients", grads), tree)
     weight = torch.as_tensor(weight).to(dtype)
     weighed = lambda x: torch.where(weight > 0, x * weight.to(x.dtype), 0)
     return {

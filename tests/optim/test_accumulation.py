@@ -104,3 +104,10 @@ def test_statistics_of_complex_gradients_are_those_of_real_ones():
     found, expected = (accumulation.statistics(accumulated(x, [1.0, 2.0, 3.0])) for x in (grads, real))
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other)
+
+
+def test_gradients_belong_to_parameters_by_name():
+    grads = [{"a": draw(7, seed=k), "b": draw(4, seed=10 + k) + 1} for k in range(3)]
+    turned = [grads[0], *({"b": g["b"], "a": g["a"]} for g in grads[1:])]
+    found, expected = (accumulation.statistics(accumulated(x, [1.0] * 3)) for x in (turned, grads))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
