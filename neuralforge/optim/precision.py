@@ -37,19 +37,25 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, tree)
 
 
+def _wide(tree: Any) -> Any:
+    """Tensors of few bits in float32, others as they are."""
+    return tree_map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), tree)
+
+
 def master_weights(optimizer: Optimizer) -> Optimizer:
     """`optimizer` for parameters of few bits (bfloat16, float16), working on a float32 copy: its state is `master`, that copy, and
-    `optimizer`, the state for it. The updates, float32, take the parameters to the copy's values, rounded to nearest."""
+    `optimizer`, the state for it. The updates, float32, take the parameters to the copy's values, rounded to nearest. Parameters of
+    more bits are copied as they are."""
 
     def init(params: Any) -> dict[str, Any]:
-        master = tree_map(lambda p: p.detach().to(torch.float32, copy=True), params)
+        master = tree_map(lambda p: p.detach().clone(), _wide(params))
         return {"master": master, "optimizer": optimizer.init(master)}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
-        grads = cast(grads, torch.float32)
+        grads = tree_map(lambda m, g: g.to(m.dtype), state["master"], grads)
         updates, inner = optimizer.update(grads, state["optimizer"], state["master"], **extra)
         master = tree_map(torch.add, state["master"], updates)
-        updates = tree_map(lambda m, p: m.to(p.dtype).to(torch.float32) - p, master, params)
+        updates = tree_map(lambda m, p: m.to(p.dtype).to(m.dtype) - p, master, params)
         return updates, {"master": master, "optimizer": inner}
 
     def evaluate(params: Any, state: dict[str, Any]) -> Any:
@@ -60,24 +66,28 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
 
 def stochastic_rounding(optimizer: Optimizer, seed: int = 0) -> Optimizer:
     """`optimizer` for bfloat16 parameters without a master copy: it computes in float32, and the new parameters are rounded
-    up or down at random so that their mean is what it computed (Gupta et al. 2015, https://arxiv.org/abs/1502.02551).
+    up or down at random so that their mean is what it computed (Gupta et al. 2015, https://arxiv.org/abs/1502.02551). Those of another
+    dtype are updated as always.
     The state is `key`, from which the random numbers come, and `optimizer`."""
 
     def init(params: Any) -> dict[str, Any]:
-        return {"key": random.key(seed), "optimizer": optimizer.init(cast(params, torch.float32))}
+        return {"key": random.key(seed), "optimizer": optimizer.init(_wide(params))}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
-        flat, tree = tree_flatten(cast(params, torch.float32))
+        flat, tree = tree_flatten(_wide(params))
+        narrow = [p.dtype == torch.bfloat16 for p in tree_leaves(params)]
         wide = tree_unflatten(flat, tree)
-        updates, inner = optimizer.update(cast(grads, torch.float32), state["optimizer"], wide, **extra)
+        grads = tree_map(lambda p, g: g.to(p.dtype), wide, grads)
+        updates, inner = optimizer.update(grads, state["optimizer"], wide, **extra)
         rounded = [
-            stochastic_round(p + u, state["key"], offset=i) - p for i, (p, u) in enumerate(zip(flat, tree_leaves(updates)))
+            stochastic_round(p + u, state["key"], offset=i) - p if few else u
+            for i, (p, u, few) in enumerate(zip(flat, tree_leaves(updates), narrow))
         ]
         key = state["key"] + torch.tensor([0, len(flat)])
         return tree_unflatten(rounded, tree), {"key": key, "optimizer": inner}
 
     def evaluate(params: Any, state: dict[str, Any]) -> Any:
-        wide = optimizer.evaluate(cast(params, torch.float32), state["optimizer"])
+        wide = optimizer.evaluate(_wide(params), state["optimizer"])
         return tree_map(lambda x, p: x.to(p.dtype), wide, params)
 
     return Optimizer(init, update, evaluate)

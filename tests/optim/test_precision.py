@@ -101,6 +101,23 @@ def test_stochastic_rounding_draws_from_its_state(jit):
     assert all((half[k] == whole[k]).all() for k in "ab") and (half_state["key"] == state["key"]).all()
 
 
+@pytest.mark.parametrize("wrap", [optim.master_weights, optim.stochastic_rounding])
+def test_parameters_of_more_bits_are_trained_as_without(wrap):
+    """Norms in float32 beside products in bfloat16, say."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda: {
+        "narrow": torch.randn(9, generator=generator).to(BF16), "float": torch.randn(9, generator=generator),
+        "double": torch.randn(9, dtype=torch.float64, generator=generator), "complex": torch.randn(9, dtype=torch.complex64, generator=generator),
+    }  # fmt: skip
+    params, grads = make(), make()
+    expected, _ = train(optim.adamw(1e-3), params, grads, 10)
+    found, _ = train(wrap(optim.adamw(1e-3)), params, grads, 10)
+    assert {k: p.dtype for k, p in found.items()} == {k: p.dtype for k, p in params.items()}
+    for name in ("float", "double", "complex"):
+        tolerance = 1e-6 if name != "double" else 1e-14
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_autocast_captured_equals_torch(dtype):
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
