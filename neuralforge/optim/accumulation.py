@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..graph.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from .base import absolute_squares, like_parameters, norm_dtype
+from ..graph.tree import tree_flatten, tree_leaves, tree_unflatten
+from .base import absolute_squares, each, like_parameters, norm_dtype
 
 Sums = dict[str, Any]
 
@@ -27,7 +27,7 @@ def empty(params: Any) -> Sums:
     wide = lambda p: torch.promote_types(p.dtype, torch.float32)
     zero = lambda: torch.zeros((), dtype=norm_dtype(tree_leaves(params)))
     return {
-        "grads": tree_map(lambda p: torch.zeros_like(p, dtype=wide(p), requires_grad=False), params),
+        "grads": each(lambda p: torch.zeros_like(p, dtype=wide(p), requires_grad=False), params),
         "squares": torch.zeros(len(tree_leaves(params)), dtype=norm_dtype(tree_leaves(params))),
         "loss": zero(),
         "weight": zero(),
@@ -43,7 +43,7 @@ def add(sums: Sums, loss: torch.Tensor, grads: Any, weight: float | torch.Tensor
     weight = torch.as_tensor(weight).to(dtype)
     weighed = lambda x: torch.where(weight > 0, x * weight.to(x.dtype), 0)
     return {
-        "grads": tree_map(lambda s, g: s + weighed(g.to(s.dtype)), sums["grads"], grads),
+        "grads": each(lambda s, g: s + weighed(g.to(s.dtype)), sums["grads"], grads),
         "squares": sums["squares"] + weighed(squares(grads)),
         "loss": sums["loss"] + weighed(loss.to(dtype)),
         "weight": sums["weight"] + weight,
@@ -53,7 +53,7 @@ def add(sums: Sums, loss: torch.Tensor, grads: Any, weight: float | torch.Tensor
 
 def mean(sums: Sums) -> tuple[torch.Tensor, Any]:
     """Loss and gradients of all micro-batches as one batch."""
-    return sums["loss"] / sums["weight"], tree_map(lambda g: g / sums["weight"].to(g.dtype), sums["grads"])
+    return sums["loss"] / sums["weight"], each(lambda g: g / sums["weight"].to(g.dtype), sums["grads"])
 
 
 class Statistics(NamedTuple):
@@ -92,4 +92,4 @@ def squares(tree: Any) -> torch.Tensor:
     """[leaves]: each leaf's square of the Euclidean norm, float32 (float64 if a leaf has numbers of 64 bits)."""
     leaves = tree_leaves(tree)
     dtype = norm_dtype(leaves)
-    return torch.stack([absolute_squares(x, dtype).sum() for x in leaves])
+    return torch.stack([torch.zeros((), dtype=dtype) if x is None else absolute_squares(x, dtype).sum() for x in leaves])

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..graph.tree import tree_map
-from .base import Optimizer, apply_updates
+from .base import Optimizer, apply_updates, each
 from .checks import check, is_share
 
 
@@ -20,7 +19,7 @@ def lookahead(optimizer: Optimizer, every: int = 5, alpha: float = 0.5) -> Optim
     check("lookahead", every=(every, every >= 1, "at least 1"), alpha=(alpha, 0 < alpha <= 1, "a number in (0, 1]"))
 
     def init(params: Any) -> dict[str, Any]:
-        slow = tree_map(lambda p: p.detach().clone(), params)
+        slow = each(lambda p: p.detach().clone(), params)
         return {"step": torch.zeros((), dtype=torch.int64), "slow": slow, "optimizer": optimizer.init(params)}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
@@ -28,8 +27,8 @@ def lookahead(optimizer: Optimizer, every: int = 5, alpha: float = 0.5) -> Optim
         step = state["step"] + 1
         now = step % every == 0
         fast = apply_updates(params, updates)
-        slow = tree_map(lambda s, f: torch.where(now, s + (f - s) * alpha, s), state["slow"], fast)
-        updates = tree_map(lambda u, s, p: torch.where(now, (s - p).to(u.dtype), u), updates, slow, params)
+        slow = each(lambda s, f: torch.where(now, s + (f - s) * alpha, s), state["slow"], fast)
+        updates = each(lambda u, s, p: torch.where(now, (s - p).to(u.dtype), u), updates, slow, params)
         return updates, {"step": step, "slow": slow, "optimizer": inner}
 
     return Optimizer(init, update, lambda params, state: optimizer.evaluate(params, state["optimizer"]))
@@ -43,7 +42,7 @@ def ema(optimizer: Optimizer, decay: float = 0.999) -> Optimizer:
     check("ema", decay=is_share(decay))
 
     def init(params: Any) -> dict[str, Any]:
-        average = tree_map(lambda p: p.detach().clone(), params)
+        average = each(lambda p: p.detach().clone(), params)
         return {"step": torch.zeros((), dtype=torch.int64), "average": average, "optimizer": optimizer.init(params)}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
@@ -51,7 +50,7 @@ def ema(optimizer: Optimizer, decay: float = 0.999) -> Optimizer:
         t = state["step"].to(torch.float64) + 1
         share = 1 - ((1 + t) / (10 + t)).clamp(max=decay)
         new = optimizer.evaluate(apply_updates(params, updates), inner)
-        average = tree_map(lambda a, p: a + (p - a) * share.to(a.dtype), state["average"], new)
+        average = each(lambda a, p: a + (p - a) * share.to(a.dtype), state["average"], new)
         return updates, {"step": state["step"] + 1, "average": average, "optimizer": inner}
 
     return Optimizer(init, update, lambda params, state: state["average"])

@@ -27,9 +27,14 @@ class Optimizer(NamedTuple):
     evaluate: Callable[[Any, Any], Any] = lambda params, state: params
 
 
+def each(f: Callable, params: Any, *more: Any) -> Any:
+    """`f` of each tensor of a pytree like the parameters, and of its counterparts in others; None where there is no parameter."""
+    return tree_map(lambda p, *rest: None if p is None else f(p, *rest), params, *more)
+
+
 def apply_updates(params: Any, updates: Any) -> Any:
     """`params + updates`, in the dtypes of the parameters."""
-    return tree_map(lambda p, u: None if p is None else (p + u).to(p.dtype), params, updates)
+    return each(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 
 def like_parameters(tree: TreeSpec, what: str, given: Any) -> list[torch.Tensor]:
@@ -64,7 +69,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
 def scale(factor: float) -> Optimizer:
     """Updates times `factor`, as the last link of a chain: a learning rate of its own for some parameters."""
-    return Optimizer(lambda params: (), lambda updates, state, params, **_: (tree_map(lambda u: u * factor, updates), state))
+    return Optimizer(lambda params: (), lambda updates, state, params, **_: (each(lambda u: u * factor, updates), state))
 
 
 Rule = Callable[..., tuple[torch.Tensor, ...]]
@@ -78,7 +83,7 @@ def leaf_by_leaf(slots: dict[str, Callable[[torch.Tensor], torch.Tensor]], at: C
     torch.optim."""
 
     def init(params: Any) -> dict[str, Any]:
-        first = {name: tree_map(lambda p: None if p is None else make(p.detach()), params) for name, make in slots.items()}  # noqa: B023
+        first = {name: each(lambda p: make(p.detach()), params) for name, make in slots.items()}  # noqa: B023
         return {"step": torch.zeros((), dtype=torch.int64), **first}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **_: Any) -> tuple[Any, dict[str, Any]]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..graph.tree import tree_leaves, tree_map
-from .base import Optimizer, absolute_squares, norm_dtype
+from ..graph.tree import tree_leaves
+from .base import Optimizer, absolute_squares, each, norm_dtype
 from .checks import check
 
 
@@ -24,7 +24,7 @@ def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
     torch.nn.utils.clip_grad_norm_ does (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063)."""
     norm = global_norm(grads)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return tree_map(lambda g: None if g is None else g * scale.to(g.dtype), grads), norm
+    return each(lambda g: g * scale.to(g.dtype), grads), norm
 
 
 def clip_by_global_norm(max_norm: float) -> Optimizer:
@@ -49,7 +49,7 @@ def clip_adaptively(share: float = 0.01, eps: float = 1e-3) -> Optimizer:
         norm = _unit_norm(g)
         return g * torch.where(norm > most, most / norm.clamp(min=1e-6), 1.0).to(g.dtype)
 
-    return Optimizer(lambda params: (), lambda grads, state, params, **_: (tree_map(clip, grads, params), state))
+    return Optimizer(lambda params: (), lambda grads, state, params, **_: (each(clip, grads, params), state))
 
 
 def _unit_norm(x: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,7 @@ import torch
 
 from ..autograd import value_and_grad
 from ..errors import ConfigError
-from ..graph.tree import tree_map
-from .base import Optimizer
+from .base import Optimizer, each
 from .clipping import global_norm
 
 
@@ -35,7 +34,7 @@ def scaled_value_and_grad(f: Callable, has_aux: bool = False) -> Callable:
 
         (_, (value, aux)), grads = value_and_grad(product, has_aux=True)(*args, **kwargs)
         inverse = 1 / scale
-        grads = tree_map(lambda g: g.to(_wide(g)) * inverse.to(_wide(g)), grads)
+        grads = each(lambda g: g.to(_wide(g)) * inverse.to(_wide(g)), grads)
         return ((value, aux) if has_aux else value), grads
 
     return scaled
@@ -78,7 +77,7 @@ def loss_scaling(
         finite = all_finite(grads)
         updates, new = optimizer.update(grads, state["optimizer"], params, **extra)
         # Not 0.0: -0.0 is the number that changes no other in a sum, -0.0 included.
-        updates = tree_map(lambda u: torch.where(finite, u, -0.0), updates)
+        updates = each(lambda u: torch.where(finite, u, -0.0), updates)
         good = torch.where(finite, state["good"] + 1, 0)
         grow = good == growth_interval
         larger = state["scale"] * growth_factor
@@ -101,7 +100,7 @@ def all_finite(tree: Any) -> torch.Tensor:
 
 def keep_if(condition: torch.Tensor, new: Any, old: Any) -> Any:
     """The pytree `new` where a bool scalar is true, else `old`."""
-    return tree_map(lambda n, o: torch.where(condition, n, o), new, old)
+    return each(lambda n, o: torch.where(condition, n, o), new, old)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from ..errors import ConfigError
-from ..graph.tree import tree_flatten, tree_map, tree_unflatten
-from .base import Optimizer, Schedule, learning_rate, like_parameters, zeros
+from ..graph.tree import tree_flatten, tree_unflatten
+from .base import Optimizer, Schedule, each, learning_rate, like_parameters, zeros
 from .checks import check, check_real, is_at_least_0, is_rate, is_share
 from .groups import named_leaves
 
@@ -68,8 +68,9 @@ def muon(
     def init(params: Any) -> dict[str, Any]:
         check_real("muon", params)
         for name, p in named_leaves(params).items():
-            parts(name, p)
-        return {"step": torch.zeros((), dtype=torch.int64), "m": tree_map(zeros, params)}
+            if p is not None:
+                parts(name, p)
+        return {"step": torch.zeros((), dtype=torch.int64), "m": each(zeros, params)}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **_: Any) -> tuple[Any, dict[str, Any]]:
         rate = learning_rate(lr, state["step"])
@@ -77,6 +78,10 @@ def muon(
         updates, new = [], []
         kept = like_parameters(tree, "gradients", grads), like_parameters(tree, "m", state["m"])
         for (name, p), g, m in zip(named_leaves(params).items(), *kept):
+            if p is None:
+                updates.append(None)
+                new.append(None)
+                continue
             m = m + (g - m) * (1 - momentum)
             direction = g + (m - g) * momentum if nesterov else m
             stacked = direction.unflatten(0, (parts(name, p), -1)) if p.shape[0] else direction[None]

@@ -14,7 +14,7 @@ import torch
 
 from .. import random
 from ..graph.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from .base import Optimizer
+from .base import Optimizer, each
 
 
 def autocast(f: Callable, dtype: torch.dtype | None) -> Callable:
@@ -39,7 +39,7 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
 
 def _wide(tree: Any) -> Any:
     """Tensors of few bits in float32, others as they are."""
-    return tree_map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), tree)
+    return each(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), tree)
 
 
 def master_weights(optimizer: Optimizer) -> Optimizer:
@@ -48,18 +48,18 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
     more bits are copied as they are."""
 
     def init(params: Any) -> dict[str, Any]:
-        master = tree_map(lambda p: p.detach().clone(), _wide(params))
+        master = each(lambda p: p.detach().clone(), _wide(params))
         return {"master": master, "optimizer": optimizer.init(master)}
 
     def update(grads: Any, state: dict[str, Any], params: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
-        grads = tree_map(lambda m, g: g.to(m.dtype), state["master"], grads)
+        grads = each(lambda m, g: g.to(m.dtype), state["master"], grads)
         updates, inner = optimizer.update(grads, state["optimizer"], state["master"], **extra)
-        master = tree_map(torch.add, state["master"], updates)
-        updates = tree_map(lambda m, p: m.to(p.dtype).to(m.dtype) - p, master, params)
+        master = each(torch.add, state["master"], updates)
+        updates = each(lambda m, p: m.to(p.dtype).to(m.dtype) - p, master, params)
         return updates, {"master": master, "optimizer": inner}
 
     def evaluate(params: Any, state: dict[str, Any]) -> Any:
-        return tree_map(lambda m, p: m.to(p.dtype), optimizer.evaluate(state["master"], state["optimizer"]), params)
+        return each(lambda m, p: m.to(p.dtype), optimizer.evaluate(state["master"], state["optimizer"]), params)
 
     return Optimizer(init, update, evaluate)
 
@@ -75,9 +75,9 @@ def stochastic_rounding(optimizer: Optimizer, seed: int = 0) -> Optimizer:
 
     def update(grads: Any, state: dict[str, Any], params: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
         flat, tree = tree_flatten(_wide(params))
-        narrow = [p.dtype == torch.bfloat16 for p in tree_leaves(params)]
+        narrow = [p is not None and p.dtype == torch.bfloat16 for p in tree_leaves(params)]
         wide = tree_unflatten(flat, tree)
-        grads = tree_map(lambda p, g: g.to(p.dtype), wide, grads)
+        grads = each(lambda p, g: g.to(p.dtype), wide, grads)
         updates, inner = optimizer.update(grads, state["optimizer"], wide, **extra)
         rounded = [
             stochastic_round(p + u, state["key"], offset=i) - p if few else u
@@ -88,7 +88,7 @@ def stochastic_rounding(optimizer: Optimizer, seed: int = 0) -> Optimizer:
 
     def evaluate(params: Any, state: dict[str, Any]) -> Any:
         wide = optimizer.evaluate(_wide(params), state["optimizer"])
-        return tree_map(lambda x, p: x.to(p.dtype), wide, params)
+        return each(lambda x, p: x.to(p.dtype), wide, params)
 
     return Optimizer(init, update, evaluate)
 

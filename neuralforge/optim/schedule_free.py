@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..graph.tree import tree_map
-from .base import Optimizer, Rule, Schedule, leaf_by_leaf, learning_rate, zeros
+from .base import Optimizer, Rule, Schedule, each, leaf_by_leaf, learning_rate, zeros
 from .checks import are_shares, check, is_at_least_0, is_rate
 
 
@@ -68,6 +67,6 @@ def schedule_free_adamw(
         return updates, {**new, "weights": weights, "largest": largest}
 
     def evaluate(params: Any, state: dict[str, Any]) -> Any:
-        return tree_map(lambda y, z: y + (z - y) * (1 - 1 / beta1), params, state["z"])
+        return each(lambda y, z: y + (z - y) * (1 - 1 / beta1), params, state["z"])
 
     return Optimizer(init, update, evaluate)

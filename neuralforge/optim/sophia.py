@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from .. import random
 from ..autograd import grad, hvp
 from ..errors import ConfigError
-from ..graph.tree import tree_flatten, tree_map, tree_unflatten
-from .base import Optimizer, Schedule, learning_rate, like_parameters
+from ..graph.tree import tree_flatten, tree_unflatten
+from .base import Optimizer, Schedule, each, learning_rate, like_parameters
 from .checks import check_real
 
 
@@ -93,7 +93,7 @@ def sophia(
         check_real("sophia", params)
         zeros = lambda p: torch.zeros_like(p, requires_grad=False)
         step = torch.zeros((), dtype=torch.int64)
-        return {"step": step, "m": tree_map(zeros, params), "h": tree_map(zeros, params), "unclipped": torch.zeros(())}
+        return {"step": step, "m": each(zeros, params), "h": each(zeros, params), "unclipped": torch.zeros(())}
 
     def update(grads: Any, state: dict[str, Any], params: Any, curvature: Any = None, **_: Any) -> tuple[Any, dict[str, Any]]:
         step = state["step"] + 1
@@ -104,6 +104,10 @@ def sophia(
         kept = [like_parameters(tree, what, x) for what, x in (("gradients", grads), ("m", state["m"]), ("h", state["h"]))]
         updates, new_m, new_h, within = [], [], [], []
         for p, g, m, h, c in zip(flat, *kept, estimates):
+            if p is None:
+                for column in (updates, new_m, new_h):
+                    column.append(None)
+                continue
             m = m + (g - m) * (1 - beta1)
             h_next = h if c is None else h + (c - h) * (1 - beta2)
             scaled = rule.gamma * (h_next if rule.before else h)
@@ -120,7 +124,7 @@ def sophia(
         pack = lambda leaves: tree_unflatten(leaves, tree)
         unclipped = state["unclipped"]
         if within:
-            unclipped = (torch.stack(within).sum() / sum(p.numel() for p in flat)).to(torch.float32)
+            unclipped = (torch.stack(within).sum() / sum(p.numel() for p in flat if p is not None)).to(torch.float32)
         return pack(updates), {"step": step, "m": pack(new_m), "h": pack(new_h), "unclipped": unclipped}
 
     return Optimizer(init, update)
@@ -135,12 +139,12 @@ def hutchinson(
     flat, tree = tree_flatten(params)
     keys = random.split(key, len(flat))
     if probe == "rademacher":
-        z = [random.bernoulli(k, 0.5, p.shape).to(p.dtype) * 2 - 1 for k, p in zip(keys, flat)]
+        draw = lambda k, p: random.bernoulli(k, 0.5, p.shape).to(p.dtype) * 2 - 1
     else:
-        z = [random.normal(k, p.shape, p.dtype) for k, p in zip(keys, flat)]
-    z = tree_unflatten(z, tree)
+        draw = lambda k, p: random.normal(k, p.shape, p.dtype)
+    z = tree_unflatten([None if p is None else draw(k, p) for k, p in zip(keys, flat)], tree)
     (product,) = hvp(loss_fn, (params,), (z,))
-    return tree_map(torch.mul, z, product)
+    return each(torch.mul, z, product)
 
 
 def gauss_newton_bartlett(logits_fn: Callable[[Any], torch.Tensor], params: Any, key: torch.Tensor) -> Any:
@@ -155,7 +159,7 @@ def gauss_newton_bartlett(logits_fn: Callable[[Any], torch.Tensor], params: Any,
         count = logits.shape[0]
         return F.cross_entropy(logits, sample_labels(logits.detach(), key))
 
-    return tree_map(lambda g: count * g * g, grad(loss)(params))
+    return each(lambda g: count * g * g, grad(loss)(params))
 
 
 def sample_labels(logits: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

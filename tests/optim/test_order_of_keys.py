@@ -46,6 +46,51 @@ def test_other_keys_are_refused():
         optimizer.update({"a": torch.ones(2), "c": torch.ones(2)}, optimizer.init(params), params)
 
 
+WRAPPERS = {
+    "plain": lambda optimizer: optimizer,
+    "lookahead": lambda optimizer: nf.optim.lookahead(optimizer, 2),
+    "ema": lambda optimizer: nf.optim.ema(optimizer, 0.9),
+    "scaled": nf.optim.loss_scaling,
+    "clipped": lambda optimizer: nf.optim.chain(nf.optim.clip_adaptively(), optimizer, nf.optim.scale(0.5)),
+    "master": nf.optim.master_weights,
+    "rounded": nf.optim.stochastic_rounding,
+    "groups": lambda optimizer: nf.optim.groups({"*": optimizer}),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_where_there_is_no_parameter_nothing_is_kept(name, wrapper):
+    optimizer = WRAPPERS[wrapper](OPTIMIZERS[name]())
+    params = {"weight": torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), "bias": None}
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params, curvature=params)
+        params = nf.optim.apply_updates(params, updates)
+    alone = {"weight": torch.randn(4, 4, generator=torch.Generator().manual_seed(0))}
+    own = optimizer.init(alone)
+    for _ in range(3):
+        updates, own = optimizer.update(alone, own, alone, curvature=alone)
+        alone = nf.optim.apply_updates(alone, updates)
+    assert params["bias"] is None and torch.equal(params["weight"], alone["weight"])
+    assert torch.equal(optimizer.evaluate(params, state)["weight"], optimizer.evaluate(alone, own)["weight"])
+
+
+def test_gradients_of_what_is_no_parameter():
+    params = {"weight": torch.ones(3), "bias": None}
+    loss = lambda p, x: (p["weight"] * x).square().sum()
+    sums = nf.optim.accumulation.empty(params)
+    for n in (1.0, 2.0):
+        sums = nf.optim.accumulation.add(sums, *nf.value_and_grad(loss)(params, torch.full((3,), n)))
+    grads = nf.optim.accumulation.mean(sums)[1]
+    assert grads["bias"] is None and (grads["weight"] == 5).all()
+    assert nf.optim.accumulation.statistics(sums).norms.tolist() == [pytest.approx(5 * 3**0.5), 0.0]
+    estimate = nf.optim.hutchinson(lambda p: loss(p, 1.0), params, nf.random.key(0))
+    assert estimate["bias"] is None and (estimate["weight"] == 2).all()
+    _, grads = nf.optim.scaled_value_and_grad(loss)(torch.tensor(8.0), params, 1.0)
+    assert grads["bias"] is None and (grads["weight"] == 2).all()
+
+
 def test_parameters_that_are_none():
     optimizer, params = nf.optim.adamw(0.1), {"weight": torch.ones(2), "bias": None}
     grads, norm = nf.optim.clip_gradients({"weight": torch.ones(2), "bias": None}, 0.5)
