@@ -85,9 +85,10 @@ def latest(root: Path) -> Path | None:
     found = checkpoints(root)
     try:
         newest = root / (root / LATEST).read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        newest = root
-    if newest == root or not newest.is_dir():  # deleted by hand
+        named = newest != root and newest.is_dir()
+    except (OSError, ValueError):
+        named = False
+    if not named:  # deleted by hand, or the pointer is damaged
         if not found:
             return None
         newest = found[-1]
@@ -192,7 +193,7 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / METADATA).read_text())
         checksum, form = record.pop("checksum"), record["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f"{METADATA}: not what a save writes ({e})") from e
     if form != FORMAT:
         raise Damaged(f"{METADATA}: format {form!r}, and this version reads {FORMAT}")

@@ -86,6 +86,17 @@ def test_order_survives_a_copy_that_loses_times_and_the_pointer(tmp_path):
     assert latest(tmp_path / "b").name == "step-11"
 
 
+@pytest.mark.parametrize("pointer", [b"\xff", b"", b"step-", b"\0" * 6, b"x" * 5000, None])
+def test_a_damaged_pointer_counts_as_none(tmp_path, pointer):
+    fill(tmp_path)
+    (tmp_path / "latest").unlink()
+    if pointer is None:
+        (tmp_path / "latest").mkdir()
+    else:
+        (tmp_path / "latest").write_bytes(pointer)
+    assert latest(tmp_path).name == "step-3"
+
+
 def test_the_same_name_again_replaces(tmp_path):
     fill(tmp_path)
     folder = save(tmp_path, "step-2", state(9), {"again": True}, keep=2)
@@ -124,6 +135,7 @@ def test_what_cannot_be_saved(tmp_path):
         (lambda f: (f / "metadata.json").write_text(""), "metadata.json: not what a save writes"),
         (lambda f: (f / "metadata.json").write_bytes(b"\xff"), "metadata.json: not what a save writes"),
         (lambda f: (f / "metadata.json").write_text("[]"), "metadata.json: not what a save writes"),
+        (lambda f: (f / "metadata.json").write_text("[" * 100_000), "metadata.json: not what a save writes"),
         (lambda f: (f / "metadata.json").unlink(), "metadata.json is missing"),
         (
             lambda f: (f / "metadata.json").write_text((f / "metadata.json").read_text().replace('"step": 3', '"step": 4')),
