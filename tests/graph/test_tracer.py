@@ -238,3 +238,20 @@ def test_modules_converted_while_they_run():
     with pytest.raises(RuntimeError, match="Linear.weight") as raised:
         nf.jit(nf.grad(loss))(params)
     assert "test_tracer.py" in str(raised.value.__cause__) and "Convert the module before" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_torch_func_makes_for_itself(dtype):
+    """Zeros without memory, and numbers where tensors are expected: of a network's second derivatives in an equation."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).to(dtype)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    x = torch.rand(5, 2, dtype=dtype)
+
+    def loss(params, x):
+        u = lambda z: torch.func.functional_call(net, params, (z,)).squeeze(-1)
+        residual = lambda z: torch.func.grad(u)(z)[1] + u(z) * torch.func.grad(u)(z)[0] - 0.01 * torch.func.hessian(u)(z)[0, 0]
+        return torch.func.vmap(residual)(x).square().mean()
+
+    found, value = nf.jit(nf.value_and_grad(loss))(params, x), torch.func.grad_and_value(loss)(params, x)
+    torch.testing.assert_close(found, value[::-1])
