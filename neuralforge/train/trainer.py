@@ -70,6 +70,9 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
         return sum(losses) / len(losses)
 
     def save() -> None:
+        wrong = next((name for name, p in state["params"].items() if not p.isfinite().all()), None)
+        if wrong is not None:
+            raise diverged(f"the parameter {wrong} isn't finite", done, out)
         tensors = {**resilience.flatten(state), "rng": torch.get_rng_state()}
         positions = {"sampler": sampler.state_dict(), "controller": controller and controller.state_dict()}
         metadata = {"step": done, **positions, "valid_loss": valid_loss}
@@ -87,10 +90,9 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
             loss = told["loss"]
             done += 1
             if not math.isfinite(loss):
-                raise CheckpointError(
-                    f"the loss is {loss} at step {done}; the newest checkpoint before it is kept in "
-                    f"{out / 'checkpoints'}. Lower --optimizer.lr or lengthen --schedule.warmup, and resume from it."
-                )
+                raise diverged(f"the loss is {loss}", done, out)
+            if not math.isfinite(told["grad_norm"]) and train.precision != "fp16":  # there the step was skipped
+                raise diverged(f"the gradient's norm is {told['grad_norm']}", done, out)
             report.step(done, told, time.perf_counter() - began, count)
             if controller:
                 controller.step(told["noise_scale"], count * batch * context)
@@ -133,6 +135,14 @@ def check_writable(out: Path) -> None:
         raise CheckpointError(f"{out}: can't make the run's folder: {nearest} is a file. Choose another with --out.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise CheckpointError(f"{out}: can't write the run's folder: {nearest} isn't writable. Choose another with --out.")
+
+
+def diverged(what: str, done: int, out: Path) -> CheckpointError:
+    """The error of a run that can't go on, and how to."""
+    before = resilience.checkpoints(out / "checkpoints")
+    kept = f"the newest checkpoint before it is kept in {before[-1].parent}" if before else "no checkpoint was saved before it"
+    mend = "resume from it" if before else "start anew"
+    return CheckpointError(f"{what} at step {done}; {kept}. Lower --optimizer.lr or lengthen --schedule.warmup, and {mend}.")
 
 
 def prepare_data(config: Config, report: Report) -> Dataset:

@@ -1,6 +1,7 @@
 """`neuralforge train` and `generate` as a user runs them, on small models and real text."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import neuralforge as nf
 from neuralforge.cli.main import main
 from neuralforge.data import prepare, validation_batches
 from neuralforge.models import next_token_loss
 from neuralforge.resilience import latest, load
-from neuralforge.train import load_run
+from neuralforge.train import load_run, trainer
 from neuralforge.train.config import load as load_config
 
 TEXT = "\n".join(f"def square_{i}(x):\n    return x * x + {i}\n" for i in range(2000))
@@ -138,6 +140,45 @@ def test_reduce_on_plateau_lowers_the_rate_and_is_resumed(text, tmp_path):
     again = checkpoint(out)[0]
     assert again.keys() == steps["step-00000030"].keys()
     assert all(torch.equal(again[n], t) for n, t in steps["step-00000030"].items())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_not_finite_never_reaches_a_checkpoint(what, precision, text, tmp_path, capsys, monkeypatch):
+    out, real, steps = tmp_path / "run", trainer.make_step, iter(range(1, 100))
+
+    def make_step(*args):
+        init, step, loss = real(*args)
+
+        def spoilt(state, tokens, due, bad):
+            state, metrics = step(state, tokens, due)
+            nan = torch.where(bad, math.nan, 0.0)
+            if what == "weights":
+                state["params"] = {name: p + nan for name, p in state["params"].items()}
+            else:
+                name = "loss" if what == "loss" else "grad_norm"
+                metrics = {**metrics, name: metrics[name] + nan}
+            return state, metrics
+
+        spoilt = nf.jit(spoilt)
+        return init, lambda state, tokens, due=False: spoilt(state, tokens, due, torch.tensor(next(steps) == 20)), loss
+
+    monkeypatch.setattr(trainer, "make_step", make_step)
+    monkeypatch.setattr(trainer, "jit", lambda f, donate=(): f)
+    code = main(["train", *text, "--steps=25", f"--train.precision={precision}", f"--out={out}"])
+    told = " ".join(capsys.readouterr().err.split())
+    if what == "gradient" and precision == "fp16":  # the step was skipped
+        assert code == 0
+        return
+    expected = {"loss": "the loss is nan", "gradient": "the gradient's norm is nan", "weights": "the parameter .* isn't finite"}[what]
+    assert code == 2 and re.search(rf"{expected} at step 20; the newest checkpoint before it is kept in .*checkpoints\. Lower", told)
+    assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-00000010"]
+
+
+def test_a_run_that_diverges_before_any_checkpoint(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *text, "--steps=20", "--optimizer.lr=1e30", f"--out={out}"]) == 2
+    assert re.search("the loss is nan at step 2; no checkpoint was saved before it. .* and start anew", " ".join(capsys.readouterr().err.split()))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
