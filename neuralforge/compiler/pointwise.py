@@ -223,7 +223,8 @@ def expression(eq: Equation, operand: Callable[[Any, str], str]) -> str:
         return FLOATING[op](t, eq, *(operand(a, t) for a in arguments))
     if op in COMPARISONS:
         wide = common_letter(eq.args)
-        return f"(MASK_{wide}({operand(eq.args[0], wide)} {COMPARISONS[op]} {operand(eq.args[1], wide)}))"
+        number = "-" if wide == "b" else ""  # true is -1
+        return f"(MASK_{wide}({number}{operand(eq.args[0], wide)} {COMPARISONS[op]} {number}{operand(eq.args[1], wide)}))"
     if op in LOGIC:
         return f"({operand(eq.args[0], 'b')} {LOGIC[op]} {operand(eq.args[1], 'b')})"
     if op in NOT:

@@ -116,6 +116,13 @@ def test_integers_and_masks():
         assert torch.equal(found, expected)
 
 
+def test_truth_values_are_compared_as_zero_and_one(isa):
+    f = lambda a, b: [op(a.logical_not(), c) for op in (torch.lt, torch.le, torch.gt, torch.ge, torch.eq, torch.ne) for c in (b, True, 0.5)]
+    a, b = torch.rand(100) > 0.5, torch.rand(100) > 0.5
+    for found, expected in zip(nf.jit(f)(a, b), f(a, b)):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.usefixtures("threads_restored")
 def test_sums_do_not_depend_on_the_number_of_threads():
     x = torch.rand(1_000_003)
