@@ -58,8 +58,9 @@ class Report:
 
             yield progress
 
-    def start(self, done: int, model: ModelConfig, dataset: Dataset, baseline: float, peak: float) -> None:
-        """The facts of the run; `baseline` is the bigram model's loss, `peak` the machine's FLOP/s."""
+    @contextmanager
+    def run(self, done: int, model: ModelConfig, dataset: Dataset, baseline: float, peak: float) -> Iterator[None]:
+        """The facts of the run, then its progress; `baseline` is the bigram model's loss, `peak` the machine's FLOP/s."""
         self.model, self.dataset, self.baseline, self.peak = model, dataset, baseline, peak
         self._drop_lines_after(done)
         self.note(
@@ -73,9 +74,6 @@ class Report:
         self.note(f"bigram  {baseline:.3f} nats per token on the held-out text: the loss to beat")
         self.note(f"into    {self.out}" + (f", resumed at step {done}" if done else ""))
         self._began, self._first = time.perf_counter(), done
-
-    @contextmanager
-    def progress(self) -> Iterator[None]:
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
             TextColumn("left"), TimeRemainingColumn(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import signal
@@ -57,9 +58,10 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     if start is not None:
         state, done, valid_loss = restore(start, state, sampler, controller)
 
-    write_start(out, config, dataset)  # all that could be wrong has been looked at
-    baseline = bigram_loss(dataset.train, dataset.valid, model_config.vocab_size)
-    report.start(done, model_config, dataset, baseline, product_peak(DTYPES[train.precision] or torch.float32).value)
+    facts = {
+        "baseline": bigram_loss(dataset.train, dataset.valid, model_config.vocab_size),
+        "peak": product_peak(DTYPES[train.precision] or torch.float32).value,
+    }
 
     def validate() -> float:
         model.eval()
@@ -78,7 +80,8 @@ def run(config: Config, resume: bool = False, dry_run: bool = False) -> None:
         metadata = {"step": done, **positions, "valid_loss": valid_loss}
         resilience.save(out / "checkpoints", f"step-{done:08d}", tensors, metadata, keep=config.train.keep)
 
-    with stop_requested() as stop, report.progress():
+    # All that could be wrong has been looked at.
+    with run_folder(out, config, dataset, start), stop_requested() as stop, report.run(done, model_config, dataset, **facts):
         while done < config.train.steps and not stop():
             began = time.perf_counter()
             count = controller.count if controller else train.accumulate
@@ -151,14 +154,26 @@ def prepare_data(config: Config, report: Report) -> Dataset:
         return prepare(data.path, Path(data.cache), data.vocab_size, data.valid_fraction, data.text_field, progress)
 
 
-def write_start(out: Path, config: Config, dataset: Dataset) -> None:
-    """The run's folder, with what is needed to use its checkpoints."""
+@contextmanager
+def run_folder(out: Path, config: Config, dataset: Dataset, start: Path | None) -> Iterator[None]:
+    """The run's folder, with what is needed to use its checkpoints; it is this process's own meanwhile, and holds no checkpoint newer
+    than `start`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
     except OSError as e:
         raise CheckpointError(f"{out}: can't make the run's folder: {e}. Choose another with --out.") from e
-    write_atomic(out / "config.toml", dump(config).encode())
-    dataset.tokenizer.save(out / "tokenizer.json")
+    with lock:  # goes with the process, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = resilience.latest(out / "checkpoints") == start
+        except BlockingIOError:
+            free = False
+        if not free:
+            raise CheckpointError(f"{out}: another process trains into this folder. Choose another with --out, or go on with it later.")
+        write_atomic(out / "config.toml", dump(config).encode())
+        dataset.tokenizer.save(out / "tokenizer.json")
+        yield
 
 
 def restore(

@@ -182,13 +182,17 @@ def test_a_run_that_diverges_before_any_checkpoint(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_cleanly(how, text, tmp_path):
-    out = tmp_path / "run"
+def test_a_signal_saves_and_leaves_cleanly(how, text, tmp_path, capsys):
+    out, text = tmp_path / "run", [*text, "--train.checkpoint_every=1000000"]
     command = [sys.executable, "-m", "neuralforge.cli", "train", *text, "--steps=1000000", "--schedule.warmup=2", f"--out={out}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 120
     while not (out / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.05)
+    before = (out / "config.toml").read_text()
+    assert main(["train", *text, "--steps=3", f"--out={out}"]) == 2
+    assert "another process trains into this folder" in " ".join(capsys.readouterr().err.split())
+    assert (out / "config.toml").read_text() == before
     os.kill(process.pid, how)
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 130, told
