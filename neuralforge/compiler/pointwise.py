@@ -98,7 +98,8 @@ def _with_constants(name: str, *parameters: tuple[int, str, float]) -> Callable:
 def _add_product(symbol: str) -> Callable:
     def emit(t: str, eq: Equation, x: str, a: str, b: str) -> str:
         value = _argument(eq, 3, "value", 1)
-        return f"({x} + {'' if value == 1 else constant(t, value) + ' * '}({a} {symbol} {b}))"
+        a = a if value == 1 else f"({constant(t, value)} * {a})"  # first, as in PyTorch: the product may be out of range
+        return f"({x} + {a} {symbol} {b})"
 
     return emit
 
@@ -131,8 +132,7 @@ FLOATING = {
     aten.maximum.default: _call("maximum"), aten.minimum.default: _call("minimum"),
     aten.pow.Tensor_Scalar: _power, aten.pow.Scalar: _call("pow"), aten.pow.Tensor_Tensor: _call("pow"),
     aten.addcmul.default: _add_product("*"), aten.addcdiv.default: _add_product("/"),
-    aten.lerp.Scalar: lambda t, eq, a, b, w: f"({a} + {w} * ({b} - {a}))",
-    aten.lerp.Tensor: lambda t, eq, a, b, w: f"({a} + {w} * ({b} - {a}))",
+    aten.lerp.Scalar: _call("lerp"), aten.lerp.Tensor: _call("lerp"),
 }  # fmt: skip
 """Operators on numbers of one type, the result's."""
 

@@ -19,6 +19,15 @@ INLINE l minimum_l(l x, l y) { return SELECT_l(MASK_l(x < y), x, y); }
 INLINE l relu_l(l x) { return maximum_l(x, (l){}); }
 INLINE l abs_l(l x) { return maximum_l(x, -x); }
 
+/* From the nearer end, as in PyTorch: from the other one, what is left of a great x would drown y. */
+#define LERP(T) \
+    INLINE T lerp_##T(T x, T y, T w) { \
+        T way = y - x; \
+        return SELECT_##T(MASK_##T(abs_##T(w) < SET_##T(0.5)), x + w * way, y - way * (SET_##T(1) - w)); \
+    }
+LERP(f)
+LERP(d)
+
 /* e^x - 1 = 2^n (e^r - 1) + (2^n - 1), with 2^n halved lest it overflow before the result does. */
 INLINE f expm1_f(f x) {
     f t = MAX_f(SET_f(-18.0f), MIN_f(SET_f(89.0f), x));

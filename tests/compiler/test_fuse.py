@@ -123,6 +123,19 @@ def test_truth_values_are_compared_as_zero_and_one(isa):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_of_different_sizes(dtype, isa):
+    """What is small doesn't drown in what is great, and what comes out in range isn't out of it on the way."""
+    great, small = torch.finfo(dtype).max ** 0.6, torch.tensor([1.0, -0.1, 3.0, 0.0], dtype=dtype)
+    f = lambda x, y: (
+        *(torch.lerp(x * 1.0, y, w) for w in (0.9, 1.0, 1.0 + y, 0.2)), torch.addcmul(y * 1.0, x, x, value=great**-0.5),
+        torch.addcdiv(y * 1.0, x, 1 / x, value=great**-0.5),
+    )  # fmt: skip
+    x = torch.full_like(small, great)
+    for found, expected in zip(native(f, x, small), f(x, small)):
+        assert torch.allclose(found, expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.usefixtures("threads_restored")
 def test_sums_do_not_depend_on_the_number_of_threads():
     x = torch.rand(1_000_003)
