@@ -151,6 +151,30 @@ def test_all_targets_ignored():
     assert nf.jit(lambda x, t: F.cross_entropy(x, t, ignore_index=3, reduction="sum"))(x, torch.full_like(t, 3)) == 0
 
 
+def one_hot_less(x, t):
+    return x.logsumexp(-1) - (x * (t[:, None] == torch.arange(x.shape[-1]))).sum(-1)
+
+
+def one_hot_times(x, t):
+    return -(x.log_softmax(-1) * (t[:, None] == torch.arange(x.shape[-1]))).sum(-1)
+
+
+@pytest.mark.parametrize("f", [one_hot_less, one_hot_times])
+def test_a_one_hot_of_zeros(f):
+    x, t = torch.randn(6, 120), torch.tensor([0, -1, 119, 120, -100, 3])
+    step = nf.value_and_grad(lambda x, t: (f(x, t) * torch.arange(6)).sum())
+    assert TOGETHER in names(step, x, t)
+    torch.testing.assert_close(nf.jit(step)(x, t), step(x, t), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("f", [log_softmax_and_indices, logsumexp_and_indices])
+def test_indices_from_the_end(f):
+    x, t = torch.randn(N, 120), torch.arange(N) * 7 % 240 - 120
+    t[0] = -100
+    assert FORWARD in names(f, x, t)
+    torch.testing.assert_close(nf.jit(f)(x, t), f(x, t), rtol=1e-5, atol=1e-5)
+
+
 LEFT_ALONE = {
     "weights of classes": lambda x, t: F.cross_entropy(x, t, weight=torch.arange(float(V))),
     "float64": lambda x, t: F.cross_entropy(x.double(), t),

@@ -15,6 +15,9 @@ from .views import Dims, arrange, compose, inverse, natural, regroup, size
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = range(3)
+INDICES, ONE_HOT = "by indices", "by a one-hot"
+NOWHERE = -100
+"""The target that the kernel ignores."""
 Tensors = dict[Value, torch.Tensor]
 
 
@@ -98,7 +101,9 @@ def picked_logits(flow: Dataflow) -> Iterator[Match]:
         outputs = [eq.outputs, total.outputs]
 
         def replacement(env: Tensors, rows=rows, pick=pick, shape=eq.outputs.shape, of_total=total.outputs.shape) -> list:
-            losses, lse = rows.losses(env, pick.index(env))
+            at = pick.index(env)
+            losses, lse = rows.losses(env, at)
+            losses = torch.where(at == NOWHERE, lse, losses) if pick.how == ONE_HOT else losses  # less nothing
             return [losses.view(shape).to(rows.root.dtype), lse.view(of_total).to(rows.root.dtype)]
 
         equations = flow.between(outputs, {rows.root, pick.target})
@@ -120,10 +125,13 @@ class _Pick:
         return self.how, self.dim, self.summed
 
     def index(self, env: Tensors) -> torch.Tensor:
-        """The target for each row, in the source's order of dimensions."""
+        """The target for each row, in the source's order of dimensions; NOWHERE where a one-hot is all zeros."""
         shape = [n for d, n in enumerate(self.source.shape) if d != self.dim]
-        target = env[self.target]
-        return target.reshape(shape) if target.numel() == torch.Size(shape).numel() else target.expand(shape)
+        target, classes = env[self.target], self.source.shape[self.dim]
+        target = target.reshape(shape) if target.numel() == torch.Size(shape).numel() else target.expand(shape)
+        if self.how == INDICES:
+            return torch.where(target < 0, target + classes, target)  # counted from the end, if negative
+        return torch.where((target >= 0) & (target < classes), target, NOWHERE) if self.how == ONE_HOT else target
 
     def result(self, picked: torch.Tensor) -> torch.Tensor:
         return picked.sum() if self.summed else picked
@@ -148,7 +156,7 @@ def _picked(flow: Dataflow, eq: Equation) -> _Pick | None:
             count = torch.arange(grid[d]).view([-1 if i == d else 1 for i in range(ndim - 1)])
             if known is None or known.dim() > ndim - 1 or not torch.equal(known.expand(grid), count.expand(grid)):
                 return None
-        return _Pick(x, ndim - 1, indices[-1], "by indices")
+        return _Pick(x, ndim - 1, indices[-1], INDICES)
     if eq.op in (aten.sum.dim_IntList, aten.sum.default) and not eq.kwargs:
         product = flow.producer(eq.args[0], aten.mul.Tensor)
         for x, hot in (product.args, product.args[::-1]) if product is not None else ():
@@ -158,7 +166,7 @@ def _picked(flow: Dataflow, eq: Equation) -> _Pick | None:
             last = x.fake.dim() - 1
             everything = eq.op is aten.sum.default
             if everything or [d % (last + 1) for d in eq.args[1]] == [last]:
-                return _Pick(x, last, target, "by a one-hot", everything)
+                return _Pick(x, last, target, ONE_HOT, everything)
     return None
 
 
@@ -217,7 +225,7 @@ class _Rows:
     def reason(self) -> str:
         return f"{size(self.dims[0])} rows of {self.classes}"
 
-    def losses(self, env: Tensors, target: torch.Tensor, ignore_index: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, env: Tensors, target: torch.Tensor, ignore_index: int = NOWHERE) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and log-sum-exp of each row, in the shape of the logits without their classes; at least float32."""
         matrix = arrange(env[self.root], self.dims).contiguous()
         index = arrange(target.reshape(self.shape), self.order)
