@@ -187,6 +187,8 @@ MASKS = {
     "added to groups": (torch.randn(B, 1, 1, 1, S), lambda s, m: (s.view(B, G, H // G, T, S) + m).view(B, H, T, S)),
     "bool for groups": (torch.rand(G, 1, T, S) > 0.4, lambda s, m: s.view(B, G, H // G, T, S).masked_fill(~m, -INF).view(s.shape)),
     "two": (torch.rand(B, 1, 1, S) > 0.4, lambda s, m: (s + torch.ones(T, S).triu(1) * -1e9).masked_fill(~m, -INF)),
+    "one over the other": (torch.rand(B, 1, 1, S) > 0.4, lambda s, m: s.masked_fill(torch.ones(T, S).triu(1) > 0, -1e9).masked_fill(~m, -1e9)),
+    "finite over infinite": (torch.rand(B, 1, 1, S) > 0.4, lambda s, m: (s + torch.full((T, S), -INF).triu(1)).masked_fill(~m, -1e9)),
 }
 
 
@@ -210,6 +212,15 @@ def test_masks_that_are_operands(mask, apply, blind):
     expected, found = step(*args), nf.jit(step)(*args)
     if not expected[0].isnan():  # else the loss tells
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_of_hidden_places_those_that_keep_their_scores_weigh_by_them():
+    q, k, v = heads(B, H, T, K)
+    shift = torch.zeros(B, 1, 1, S).index_fill(3, torch.arange(3), -3e4)  # the first queries see these alone
+    f = lambda q, k, v, shift: ((q @ k.mT).masked_fill(torch.ones(T, S).triu(1) > 0, -1e9) + shift).softmax(-1) @ v
+    assert FORWARD in names(f, q, k, v, shift)
+    expected = f(*(x.double() for x in (q, k, v, shift)))
+    torch.testing.assert_close(nf.jit(f)(q, k, v, shift), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def entropy(q, k, v):

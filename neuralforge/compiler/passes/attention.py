@@ -284,7 +284,7 @@ class _Masks:
 
     def _recognise(self, env: dict[Value, torch.Tensor]) -> None:
         """Causal masks and windows that are known beforehand."""
-        bias = self._bias(env)
+        bias, _ = self._bias(env)
         if not bool((bias == bias[:1, :1]).all()):
             return
         bias = bias[0, 0].expand(self.shape[-2:])
@@ -301,9 +301,11 @@ class _Masks:
         elif bool(visible.all()):
             self.fixed, self.reason = {}, "no mask"
 
-    def _bias(self, env: dict[Value, torch.Tensor]) -> torch.Tensor:
-        """All masks as one that is added to the scores, broadcast to [B, H, T, S]."""
-        total: Any = 0.0
+    def _bias(self, env: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All masks, one after the other, as one that is added to the scores, broadcast to [B, H, T, S]; and where it stands in
+        the place of scores."""
+        total: Any = None
+        filled: Any = None
         for (value, negated), fill, scale, scores in self.masks:
             m = env[value]
             m = m.view((1,) * (len(scores) - m.dim()) + tuple(m.shape))
@@ -313,11 +315,12 @@ class _Masks:
                 m = m.expand(*scores[:-2], *m.shape[-2:]).reshape(self.B, self.H, *m.shape[-2:])
             if fill is None:
                 m = m.float() * scale if scale != 1 else m.float()
-            else:
-                hidden = ~m.bool() if negated else m.bool()
-                m = torch.zeros(m.shape, device=m.device).masked_fill(hidden, fill)
-            total = total + m if isinstance(total, torch.Tensor) else m
-        return total
+                total = m if total is None else total + m
+                continue
+            hidden = ~m.bool() if negated else m.bool()
+            filled = hidden if filled is None else filled | hidden
+            total = torch.zeros(m.shape, device=m.device).masked_fill(hidden, fill) if total is None else torch.where(hidden, fill, total)
+        return total, filled
 
     def apply(self, q: torch.Tensor, env: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
         """The queries and flash attention's options. Where a query sees nothing, a softmax over -inf gives NaN, and
@@ -325,10 +328,13 @@ class _Masks:
         zero in the query's place do the same."""
         if self.fixed is not None:
             return q, self.fixed
-        bias = self._bias(env)
+        bias, filled = self._bias(env)
         top = bias.amax(-1, keepdim=True)
         never, nothing = top == -math.inf, top <= HIDDEN
         q = q.masked_fill(never, math.nan)
         if any(fill is not None and fill > -math.inf for _, fill, *_ in self.masks):
-            q = q.masked_fill(nothing & ~never, 0.0)
+            mean = nothing & ~never
+            if any(fill is None for _, fill, *_ in self.masks):  # else what isn't filled is 0
+                mean = mean & (filled & (bias == top)).any(-1, keepdim=True)
+            q = q.masked_fill(mean, 0.0)
         return q, {"mask": bias - top.masked_fill(never | ~nothing, 0.0)}  # beside large numbers scores would be lost
