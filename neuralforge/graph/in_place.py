@@ -31,6 +31,20 @@ _TWINS: dict[str, Any] = {
 }
 
 
+def _native_batch_norm(
+    x: torch.Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float, eps: float
+) -> tuple:
+    if not training:
+        return aten._native_batch_norm_legit_no_training(x, weight, bias, running_mean, running_var, momentum, eps)
+    if running_mean is None:
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+    return aten._native_batch_norm_legit(x, weight, bias, running_mean, running_var, True, momentum, eps)
+
+
+UNDECLARED = {aten.native_batch_norm.default: _native_batch_norm}
+"""Operators that write to arguments, and whose schemas don't say so, by others."""
+
+
 def functional(func: Any, args: tuple, kwargs: dict, given: Callable = lambda x: x) -> tuple[list[tuple], Any]:
     """An operator that writes to its arguments, computed without writing: the pairs of a written tensor and its new value,
     and what the operator returns. `given(x)` is what to read for a tensor among the arguments."""

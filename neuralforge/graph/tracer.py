@@ -24,7 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ..errors import CaptureError, DifferentiationError
 from . import gradient_mode
-from .in_place import RESHAPING, VIEWS_IN_PLACE, Link, functional, hand_over, laid_out_like, scatter
+from .in_place import (
+    RESHAPING,
+    UNDECLARED,
+    VIEWS_IN_PLACE,
+    Link,
+    functional,
+    hand_over,
+    laid_out_like,
+    scatter,
+)
 from .ir import map_tree
 from .operators import Traits, operator_traits
 from .source import user_line
@@ -104,6 +113,9 @@ class Tracer(TorchDispatchMode):
     def _dispatch(self, func: Callable, traits: Traits, args: tuple, kwargs: dict) -> Any:
         if traits.passive:
             return func(*args, **kwargs)
+        if func in UNDECLARED:
+            with self:
+                return UNDECLARED[func](*args, **kwargs)
         if traits.written:
             if func._schema.name.split("::")[1] in RESHAPING:
                 return self._reshape(func, args, kwargs)

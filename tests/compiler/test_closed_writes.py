@@ -108,3 +108,21 @@ def test_buckets_refuse_them():
     with pytest.raises(CaptureError, match="pads for writes in place.*closes over"):
         nf.jit(lambda x: (count.add_(1) * x).sum(), buckets={"x": {0: (4,)}})(torch.ones(3))
     assert count == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_read_before_and_after_they_are_updated(training):
+    """Also where a group of elementwise operators could take both readings together."""
+
+    def f(x, mean, var):
+        scaled, before = var * 2, mean * 3
+        y = nn.functional.batch_norm(x, mean, scaled, training=training)
+        return y, before, mean * 3, scaled, scaled * 3
+
+    torch.manual_seed(0)
+    jitted = nf.jit(f)
+    for _ in range(2):
+        args = torch.randn(4, 3), torch.randn(3), torch.rand(3)
+        given = tuple(x.clone() for x in args)
+        for found, expected in zip((*jitted(*given), *given), (*f(*args), *args), strict=True):
+            assert torch.allclose(found, expected, atol=1e-6)

@@ -69,20 +69,6 @@ rule("nll_loss_forward", forward=False)(_nll_loss(aten.nll_loss_backward))
 rule("nll_loss2d_forward", forward=False)(_nll_loss(aten.nll_loss2d_backward))
 
 
-@definition("native_batch_norm")
-def native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    """As operators that don't write: this one updates the running statistics, and doesn't say so."""
-    if not training:
-        return aten._native_batch_norm_legit_no_training(x, weight, bias, running_mean, running_var, momentum, eps)
-    if running_mean is None:
-        return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
-    functional = aten._native_batch_norm_legit_functional
-    *out, new_mean, new_var = functional(x, weight, bias, running_mean, running_var, True, momentum, eps)
-    running_mean.copy_(new_mean)
-    running_var.copy_(new_var)
-    return tuple(out)
-
-
 @rule("_native_batch_norm_legit_functional", forward=False)
 def batch_norm(out, x, weight, bias, running_mean, running_var, training, momentum, eps):
     mean, rstd = out[1:3]
