@@ -79,7 +79,7 @@ class Compiled:
             pending = [t.is_neg() or t.is_conj() for t in tensors]
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if p else t for t, p in zip(tensors, pending)]
         if self.writes or self.closed:
-            _check_apart(tensors, self.writes, self.closed)
+            check_apart(tensors, self.writes, self.closed)
         if self.donated:
             at = [t.data_ptr() for t in given]
             if at != self._apart:  # shapes and strides are the same in every call
@@ -133,7 +133,7 @@ def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
     return any(count[seen[i]] > 1 and tensors[i].numel() for i in donated)
 
 
-def _check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[torch.Tensor]) -> None:
+def check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[torch.Tensor]) -> None:
     """Raises CaptureError if one of the arguments that are written, or of the tensors that the function closes over and writes to, shares
     its memory with an argument, which would then see the write at once in eager code, and not in a graph."""
     ends = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in (*tensors, *closed)]

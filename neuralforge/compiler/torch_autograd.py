@@ -15,7 +15,7 @@ from ..graph.ir import Value
 from ..graph.operators import draws
 from ..graph.source import user_line
 from ..graph.tree import TreeSpec, tree_flatten, tree_unflatten
-from .compiled import Compiled
+from .compiled import Compiled, check_apart
 
 
 class Differentiable:
@@ -131,13 +131,19 @@ class Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Differentiable, *tensors: torch.Tensor) -> tuple:
-        flat = program.forward([t.detach() for t in tensors])
+        given = [t.detach() for t in tensors]
+        check_apart(given, [], program.closed)
+        flat = program.forward(given)
         ctx.program, ctx.total = program, len(tensors)
         kept = program.count + len(program.closed)
-        ctx.save_for_backward(*tensors, *flat[kept:])
+        # Constants too, though backward reads them itself: torch.autograd raises if they are written to until then.
+        ctx.kept = len(tensors) + len(flat) - kept
+        ctx.save_for_backward(*tensors, *flat[kept:], *program.backward.graph.constants.values())
         for x, new in zip(program.closed, flat[program.count : kept]):
             x.copy_(new)
-        outputs = tuple(flat[: program.count])
+        # Of an argument that is returned as it is, torch.autograd makes a view.
+        same = {id(y): t for y, t in zip(given, tensors)}
+        outputs = tuple(same.get(id(y), y) for y in flat[: program.count])
         ctx.mark_non_differentiable(
             *[y for i, y in enumerate(outputs) if isinstance(y, torch.Tensor) and i not in program.smooth]
         )
@@ -150,7 +156,7 @@ class Function(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = program.differentiable_backward(saved[: ctx.total], cotangents)
         else:
-            grads = program.backward([*saved[ctx.total :], *cotangents])
+            grads = program.backward([*saved[ctx.total : ctx.kept], *cotangents])
         result: list[Any] = [None] * ctx.total
         for i, g in zip(program.wanted, grads):
             result[i] = g

@@ -65,6 +65,8 @@ def test_memory_that_others_see_is_refused():
     assert f(torch.ones(2)) == 6
     with pytest.raises(CaptureError, match="writes in place to a tensor that it closes over, of shape .*4.* whose memory another one"):
         f(part)
+    with pytest.raises(CaptureError, match="whose memory another one"):
+        f(part.detach().requires_grad_())
     torch.testing.assert_close(whole, torch.ones(4))
 
 

@@ -141,3 +141,23 @@ def test_cotangents_of_any_layout():
             found.append((torch.autograd.grad(function(x), x, g)[0], first, torch.autograd.grad(first, x, d)[0]))
         for ours, theirs in zip(*found):
             assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_constants_written_before_backward_are_told_of():
+    scale, x = torch.full((3,), 2.0), torch.randn(3, requires_grad=True)
+    f = nf.jit(lambda x: (x * scale).sum())
+    loss = f(x)
+    scale.fill_(5)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, x, create_graph=create_graph)
+    assert torch.autograd.grad(f(x), x)[0].tolist() == [5, 5, 5]
+
+
+def test_arguments_that_are_returned_are_views():
+    w = torch.ones(3, requires_grad=True)
+    for y in (*nf.jit(lambda x: (x, x))(w * 1), nf.jit(lambda: w)()):
+        assert torch.autograd.grad(y.sum(), w, retain_graph=True)[0].tolist() == [1, 1, 1]
+        with pytest.raises(RuntimeError, match="is a view"):
+            y.mul_(2)
+    assert w.tolist() == [1, 1, 1]
