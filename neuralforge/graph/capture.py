@@ -257,7 +257,7 @@ def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) 
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
-    with _disable_current_modes(), gradient_mode.differentiating(), _unvalidated(), mode.fake_mode, mode:
+    with _disable_current_modes(), gradient_mode.differentiating(), _unvalidated(), _uncached_casts(), mode.fake_mode, mode:
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
             result = f(*tree_unflatten(fakes, tree))
@@ -294,6 +294,18 @@ def _unvalidated() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def _uncached_casts() -> Iterator[None]:
+    """Autocast keeps what it has cast of parameters, by the parameter: of earlier calls, which are not those of the graph, and of the
+    capture, which have no values."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _check_done(out: list) -> None:

@@ -44,6 +44,21 @@ def test_default_dtype_and_autocast(captures):
     assert jitted(x).dtype == torch.float32 and len(captures) == 3
 
 
+@pytest.mark.parametrize("first", ["plain", "jitted"])
+def test_what_autocast_has_cast_before_is_not_captured_nor_kept(first):
+    model, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    jitted = nf.jit(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        for f in (model, jitted) if first == "plain" else (jitted, model):
+            assert f(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        model.weight.add_(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = [torch.autograd.grad(f(x).sum(), model.weight)[0] for f in (model, jitted)]
+        torch.testing.assert_close(jitted(x), model(x), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("how", ["closed over", "argument", "torch.autograd"])
 def test_modules_that_change_between_training_and_evaluation(captures, how):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).requires_grad_(
