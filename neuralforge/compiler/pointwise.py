@@ -2,7 +2,7 @@
 
 An entry takes the equation's type letter (`f` float, `d` double, `l` int64, `b` bool) and its operands, already
 converted to that type, and gives an expression. The functions named there are in `vector.h` and `vector_math.h`.
-Half-width floats are computed with as float, and rounded when they are stored or asked for by a conversion.
+Half-width floats are computed with as float, and rounded when they are stored, compared or asked for by a conversion.
 """
 
 from __future__ import annotations
@@ -222,26 +222,34 @@ def expression(eq: Equation, operand: Callable[[Any, str], str]) -> str:
         arguments = eq.args[: 1 if op in _ONE_OPERAND else 2 if op in _TWO_OPERANDS else 3]
         return FLOATING[op](t, eq, *(operand(a, t) for a in arguments))
     if op in COMPARISONS:
-        wide = common_letter(eq.args)
+        dtype = common_type(eq.args)
+        wide = LETTERS.get(dtype, "d")
+        a, b = (_rounded(operand(x, wide), dtype) for x in eq.args[:2])
         number = "-" if wide == "b" else ""  # true is -1
-        return f"(MASK_{wide}({number}{operand(eq.args[0], wide)} {COMPARISONS[op]} {number}{operand(eq.args[1], wide)}))"
+        return f"(MASK_{wide}({number}{a} {COMPARISONS[op]} {number}{b}))"
     if op in LOGIC:
         return f"({operand(eq.args[0], 'b')} {LOGIC[op]} {operand(eq.args[1], 'b')})"
     if op in NOT:
         return f"(~{operand(eq.args[0], 'b')})"
     if op in TESTS:
-        own = LETTERS[eq.args[0].dtype]
-        return f"(MASK_{own}({TESTS[op].format(x=operand(eq.args[0], own), t=own)}))"
+        dtype = eq.args[0].dtype
+        own = LETTERS[dtype]
+        return f"(MASK_{own}({TESTS[op].format(x=_rounded(operand(eq.args[0], own), dtype), t=own)}))"
     if op in MOVES:
-        x, half = operand(eq.args[0], t), STORED[eq.outputs.dtype][0]
-        return f"round_{half}({x})" if half in ("bf", "h") and eq.args[0].dtype != eq.outputs.dtype else x
+        x, dtype = operand(eq.args[0], t), eq.outputs.dtype
+        return x if eq.args[0].dtype == dtype else _rounded(x, dtype)
     if op is aten.full.default:
         return constant(t, eq.args[1])
     mask, a, b = eq.args if op is aten.where.self else (eq.args[1], eq.args[2], eq.args[0])
     return f"SELECT_{t}({operand(mask, 'b')}, {operand(a, t)}, {operand(b, t)})"
 
 
-def common_letter(args: tuple) -> str:
+def common_type(args: tuple) -> torch.dtype:
     """The type in which two operands are compared."""
-    fakes = [a.fake if isinstance(a, Value) else a for a in args[:2]]
-    return LETTERS.get(torch.result_type(*fakes), "d")
+    return torch.result_type(*(a.fake if isinstance(a, Value) else a for a in args[:2]))
+
+
+def _rounded(x: str, dtype: torch.dtype) -> str:
+    """A number as it would be stored."""
+    half = STORED.get(dtype, ("",))[0]
+    return f"round_{half}({x})" if half in ("bf", "h") else x

@@ -120,6 +120,15 @@ def test_half_widths_are_stored_so_and_computed_in_float(f, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_widths_are_compared_as_they_are_stored(dtype, isa):
+    f = lambda x: ((y := x * 3.0), y <= 0.1, y == 0.1, y > 0.3, y.isinf(), y == float("inf"), y == y.to(dtype, copy=True))
+    x = torch.tensor([0.1 / 3, 0.1, 0.2, torch.finfo(dtype).max, -1.0]).to(dtype)
+    x = torch.cat([x, (torch.tensor([0.1]).to(dtype) / 3)])
+    for found, expected in zip(one_kernel(f, x), f(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_widths_round_as_torch_does(dtype, isa):
     bits = torch.arange(0, 1 << 16, dtype=torch.int32).to(torch.int16)
     half = bits.view(dtype)
