@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,6 @@ _TWINS: dict[str, Any] = {
     "aten::_batch_norm_with_update": aten._batch_norm_with_update_functional.default,
     "aten::rrelu_with_noise": aten.rrelu_with_noise_functional.default,
     "aten::rrelu_with_noise_": aten.rrelu_with_noise_functional.default,
-    "aten::pow_.Scalar": aten.pow.Tensor_Scalar,
-    "aten::pow_.Tensor": aten.pow.Tensor_Tensor,
     "aten::polygamma_": lambda x, n: aten.polygamma.default(n, x),
     "aten::conj_physical_": aten._conj_physical.default,
 }
@@ -68,7 +67,7 @@ def _twin(func: Any, args: tuple, kwargs: dict, count: int) -> tuple[list[torch.
             kwargs = {k: v for k, v in kwargs.items() if k not in written}
             new = packet(*args, **kwargs)
             return (list(new) if isinstance(new, (tuple, list)) else [new]), None
-        twin = getattr(packet, overload or "default", None) if name.endswith("_") else None
+        twin = _overload(func, packet) if name.endswith("_") else None
     if twin is None:
         raise CaptureError(
             f"{user_line()}: {func} writes in place and has no functional twin. Use an operator that returns a new "
@@ -82,6 +81,18 @@ def _twin(func: Any, args: tuple, kwargs: dict, count: int) -> tuple[list[torch.
         rest = outputs[:-count]
         return outputs[-count:], rest[0] if len(rest) == 1 else tuple(rest)
     return outputs, None
+
+
+@cache
+def _overload(func: Any, packet: Any) -> Any:
+    """The overload of `packet` that takes what the in-place operator takes, which may have another name (floor_divide_.Tensor,
+    floor_divide); if none does, that of the same name."""
+    if packet is None:
+        return None
+    own = getattr(packet, func._schema.overload_name or "default", None)
+    overloads = [own, *(getattr(packet, name) for name in packet.overloads())]
+    types = lambda f: [str(a.type) for a in f._schema.arguments]
+    return next((f for f in overloads if f is not None and types(f) == types(func)), own)
 
 
 class Link(NamedTuple):

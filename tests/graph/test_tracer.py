@@ -255,3 +255,11 @@ def test_what_torch_func_makes_for_itself(dtype):
 
     found, value = nf.jit(nf.value_and_grad(loss))(params, x), torch.func.grad_and_value(loss)(params, x)
     torch.testing.assert_close(found, value[::-1])
+
+
+@pytest.mark.parametrize("name", ["floor_divide_", "ldexp_", "pow_", "float_power_"])
+def test_in_place_operators_whose_overloads_have_other_names(name):
+    x, y = torch.rand(3, dtype=torch.float64) + 2, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    f = lambda x, y: (z := x * 3, getattr(z, name)(y), z)[1:]
+    for found, expected in zip(capture(f, x, y).graph(x, y), f(x, y)):
+        torch.testing.assert_close(found, expected)
