@@ -56,3 +56,26 @@ def test_results_are_counted_from_when_they_are_made():
     assert len(plan.fresh) == 2
     assert plan.in_use[-1] >= 2 * 64 * 64 * 4 and plan.in_use[0] < plan.in_use[-1]
     assert plan.peak_bytes <= plan.arena_bytes + max(plan.in_use)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.as_strided((3,), (2,), 0),
+        lambda x: torch.as_strided_copy(x.T, (3,), (2,), 1),
+        lambda x: torch.as_strided_scatter(x, x[0, :2] * 2, (2,), (1,), 0),
+    ],
+)
+def test_what_is_read_by_places_in_memory_lies_at_the_beginning_of_it(read):
+    """Not somewhere in the arena, nor in the memory of an argument of which it is a part or that is given away."""
+
+    def f(x, y):
+        first = x @ y + 1
+        second = y @ x * first
+        return read(second), read(y[1:].clone()), (first + second).sum(), read(x * 2)
+
+    torch.manual_seed(0)
+    whole, y = torch.randn(5, 4), torch.randn(4, 4)
+    expected = f(whole[1:], y)
+    for found, wanted in zip(nf.jit(f, donate=0)(whole[1:], y), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
