@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.guards import TensorGuards
 
 from ..errors import CaptureError, MemoryBudgetError
 from ..graph import Captured, capture
@@ -22,6 +20,7 @@ from ..graph.tree import tree_flatten
 from ..kernels.native import build_ahead
 from ..memory import Arena
 from .compiled import Compiled
+from .outside import Outside, alike, modules_met
 from .torch_autograd import Differentiable, closes_over_grad
 
 CACHE_SIZE = 64
@@ -30,19 +29,14 @@ CACHE_SIZE = 64
 
 @dataclass(eq=False)
 class Form:
-    """A compiled form, and the modules that ran while it was captured with their modes, for which alone it holds."""
+    """A compiled form, and what it depends on, for which alone it holds."""
 
     program: Any
-    modules: tuple[nn.Module, ...]
-    training: list[bool]
     outside: Outside
     call: Call | None = None
     """What calls of it look like."""
     cuts: dict[Any, list[tuple[int, int, int]]] = field(default_factory=dict)
     """How to cut its results, for each pattern of padded lengths that it was tried with (`buckets.py`)."""
-
-    def holds(self) -> bool:
-        return [module.training for module in self.modules] == self.training and self.outside.holds()
 
 
 class Jit:
@@ -70,7 +64,7 @@ class Jit:
             return self.f(*args, **kwargs)
         flat = _flatten((args, kwargs))
         last = self._last
-        if last is not None and (tensors := last.call.tensors(*flat)) is not None and last.holds():
+        if last is not None and (tensors := last.call.tensors(*flat)) is not None and last.outside.holds():
             if not (torch.is_grad_enabled() and closes_over_grad(last.program)):
                 return last.program(tensors)
         if torch.is_grad_enabled() and any([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat[0]]):
@@ -92,8 +86,9 @@ class Jit:
         form = self._known(key)
         if form is None or form.program.stale:
             build_ahead()
-            with _modules_that_run() as modules:
+            with modules_met() as modules:
                 program = Differentiable(self.f, args, kwargs, wanted, self.memory_budget, self.max_rewrites)
+            _check_hooks(modules)
             form = self._remember(key, program, modules)
         return form.program(tensors)
 
@@ -111,7 +106,7 @@ class Jit:
         form = self._known(key)
         if form is None:
             build_ahead()
-            with _modules_that_run() as modules:
+            with modules_met() as modules:
                 captured = capture(lambda a, k: self.f(*a, **k), args, kwargs, writes=True)
             form = self._remember(key, self.compile(args, kwargs, captured), modules)
         return form, tensors
@@ -137,14 +132,14 @@ class Jit:
     def _known(self, key: Any) -> Form | None:
         """A form for `key` that holds now."""
         for form in self._forms.get(key, ()):
-            if form.holds():
+            if form.outside.holds():
                 self._forms.move_to_end(key)
                 return form
         return None
 
     def _remember(self, key: Any, program: Any, modules: dict[nn.Module, None]) -> Form:
-        form = Form(program, tuple(modules), [m.training for m in modules], Outside(program.outside, modules))
-        others = [other for other in self._forms.get(key, ()) if not other.holds()]
+        form = Form(program, Outside(program.outside, modules))
+        others = [other for other in self._forms.get(key, ()) if not other.outside.holds()]
         self._forms[key] = [form, *others]
         self._forms.move_to_end(key)
         while len(self.programs) > CACHE_SIZE:
@@ -179,7 +174,7 @@ class Call:
         self.tree, self.surroundings = tree, _surroundings()
         tensors, self.static = _parted(leaves)
         self.count = len(tensors)
-        self.alike = _alike(tensors)
+        self.alike = alike(tensors)
 
     def tensors(self, leaves: list, tree: Any) -> list[torch.Tensor] | None:
         """The tensors among the leaves, if everything is as it was."""
@@ -187,29 +182,6 @@ class Call:
             return None
         tensors, static = _parted(leaves)
         return tensors if static == self.static and len(tensors) == self.count and self.alike(*tensors) else None
-
-
-class Outside:
-    """The tensors that a form closes over, with the layouts that it was captured for (`x.data = y` changes them), and where the
-    modules that ran keep them (`load_state_dict(assign=True)` puts others there)."""
-
-    def __init__(self, tensors: list[torch.Tensor], modules: Iterable[nn.Module]):
-        known = {id(t): t for t in tensors}  # once each: torch's guard never holds for a tensor given twice
-        self.tensors = list(known.values())
-        self.alike = _alike(self.tensors)
-        tables = [table for m in modules for table in (m._parameters, m._buffers)]
-        self.places = [(table, name, t) for table in tables for name, t in table.items() if id(t) in known]
-
-    def holds(self) -> bool:
-        return self.alike(*self.tensors) and all([table.get(name) is t for table, name, t in self.places])
-
-
-def _alike(tensors: list[torch.Tensor]) -> Callable[..., bool]:
-    """Do other tensors look like these? Asked in C++."""
-    if not tensors:
-        return lambda: True
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def _parted(leaves: list) -> tuple[list[torch.Tensor], list[tuple]]:
@@ -257,8 +229,9 @@ def jit(
     Usable as `nf.jit(f)`, `@nf.jit` and `@nf.jit(donate=0)`. Raises CaptureError where Python control flow depends on
     tensor data, and where `f` does what a graph can't do again in later calls (seeds torch's generator, returns a generator).
     In-place writes to arguments, and to tensors that `f` closes over (the running statistics of batch norms, say), take effect
-    after the call. Such tensors are read anew in each call; parameters and buffers that were put into modules in place of others,
-    and tensors whose `.data` has come to be laid out otherwise, are captured anew.
+    after the call. Such tensors are read anew in each call; modules whose mode, hooks, layers, parameters or buffers have been replaced,
+    and tensors whose `.data` has come to be laid out otherwise, are captured anew. All else that `f` reads beside its arguments
+    (global and closed-over numbers, attributes of objects) is as it was at the capture.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     budget = _bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
@@ -283,6 +256,16 @@ def _bytes(text: str) -> int:
     return int(float(found.group(1)) * units[found.group(2)])
 
 
+def _check_hooks(modules: Iterable[nn.Module]) -> None:
+    """Raises CaptureError for hooks that torch.autograd would run within."""
+    hooked = next((m for m in modules if m._backward_hooks or m._backward_pre_hooks), None)
+    if hooked is not None:
+        raise CaptureError(
+            f"{user_line()}: {type(hooked).__name__} has backward hooks, which torch.autograd runs, and it takes no part within a jitted "
+            f"function. Use hooks of parameters, or of what goes into the jitted function and comes out of it, or don't jit it."
+        )
+
+
 def _flatten(tree: Any) -> tuple[list, Any]:
     """The leaves, in tree_flatten's order, and a hashable that tells the structure. Every call does this, for hundreds of
     leaves: plain containers are taken apart here, as tree_flatten and a TreeSpec's hash take far longer."""
@@ -302,17 +285,6 @@ def _flatten(tree: Any) -> tuple[list, Any]:
         return spec
 
     return leaves, structure(tree)
-
-
-@contextmanager
-def _modules_that_run() -> Iterator[dict[nn.Module, None]]:
-    """Collects the modules that are called within: what they do depends on whether they are in training."""
-    seen: dict[nn.Module, None] = {}
-    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.setdefault(module))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def _is_tensor(leaf: Any) -> bool:
