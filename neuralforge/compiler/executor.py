@@ -29,25 +29,46 @@ class Program:
         self.graph, self.kernels = graph, kernels
         self.plan: Plan = plan_memory(graph, kernels, donated)
         self.arena = arena or Arena()
+        self._otherwise: set[Equation] | None = None  # operators that lay out results otherwise than planned; None: not looked at yet
         with self.arena.lock:
             self._bind()
 
     def _bind(self) -> None:
         """Write the program for the arena's memory as it is now."""
         memory = self.arena.at_least(self.plan.arena_bytes, self)
-        writer = _Writer(self.graph, self.plan, self.kernels, memory)
+        writer = _Writer(self.graph, self.plan, self.kernels, memory, self._otherwise or set())
         self.source, self._namespace = writer.write()
         self._equations = writer.equations
         self._viewed = [(t, t.data_ptr()) for t in writer.viewed]
-        self._run = self._defined(self.source)
+        self._run = self._defined(self.source, self._namespace)
+
+    def _first_run(self, tensors: tuple) -> list[Any]:
+        """A run that looks how operators lay out their results: otherwise than their fake ones, perhaps, and views would show other
+        elements. The results of those that do are copied from then on."""
+        looked_at = {eq for eq in self.graph.equations if eq not in self.kernels and not is_view(eq)}
+        writer = _Writer(self.graph, self.plan, self.kernels, self.arena.at_least(self.plan.arena_bytes, self), looked_at)
+        source, namespace = writer.write()
+        found: set[str] = set()
+
+        def laid_out(name: str, t: torch.Tensor, *planned: Any) -> torch.Tensor:
+            laid = _laid_out(name, t, *planned)
+            if laid is not t:
+                found.add(name)
+            return laid
+
+        results = self._defined(source, namespace | {"laid_out": laid_out})(*tensors)
+        self._otherwise = {eq for eq in looked_at if any(v.name in found for v in eq.results)}
+        if self._otherwise:
+            self._bind()
+        return results
 
     def release(self) -> None:
         """Let go of the arena's memory, which another program makes larger."""
         self._run, self._namespace = None, {}
 
-    def _defined(self, source: str) -> Any:
-        exec(compile(source, "<neuralforge program>", "exec"), self._namespace)
-        return self._namespace.pop("program")
+    def _defined(self, source: str, namespace: dict[str, Any]) -> Any:
+        exec(compile(source, "<neuralforge program>", "exec"), namespace)
+        return namespace.pop("program")
 
     def _bind_again(self) -> None:
         """If another program has taken the arena, or a constant's memory isn't that which views were made of."""
@@ -57,7 +78,7 @@ class Program:
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
         with self.arena.lock, _as_captured():
             self._bind_again()
-            return self._run(*tensors)
+            return self._first_run(tensors) if self._otherwise is None else self._run(*tensors)
 
     def timed(self, *tensors: torch.Tensor) -> dict[Equation, float]:
         """Run once as a call does, with a look at the clock after each line: the seconds of each equation that has one."""
@@ -75,7 +96,7 @@ class Program:
         with self.arena.lock, _as_captured():
             self._bind_again()
             self._namespace["lap"] = lap
-            run = self._defined("\n".join([head, *laps, last]))
+            run = self._defined("\n".join([head, *laps, last]), self._namespace)
             before = time.perf_counter()
             run(*tensors)
         return seconds
@@ -92,9 +113,10 @@ def _as_captured() -> Iterator[None]:
 class _Writer:
     """Writes the program's text and the namespace it runs in; `equations` tells of each line which one it is a part of."""
 
-    def __init__(self, graph: Graph, plan: Plan, kernels: dict, arena: torch.Tensor):
+    def __init__(self, graph: Graph, plan: Plan, kernels: dict, arena: torch.Tensor, otherwise: set[Equation]):
         self.graph, self.plan, self.kernels, self.arena = graph, plan, kernels, arena
-        self.namespace: dict[str, Any] = {"empty": torch.empty_strided}
+        self.otherwise = otherwise  # of these the results are to be laid out as planned
+        self.namespace: dict[str, Any] = {"empty": torch.empty_strided, "laid_out": _laid_out}
         self.names: dict[int, str] = {}  # of the namespace's things, by their id
         self.static: dict[Value, torch.Tensor] = dict(graph.constants)
         for value, buffer in plan.buffers.items():
@@ -128,6 +150,8 @@ class _Writer:
                 self._line(f"{self._name(kernel.run)}(({outputs}), {arguments}){where}", eq)
             else:
                 self._line(f"{self._targets(eq.outputs)} = {self._call(eq)}{where}", eq)
+                for v in eq.results if eq in self.otherwise else ():
+                    self._line(f"{v} = laid_out({v.name!r}, {v}, {tuple(v.shape)}, {tuple(v.strides)})", eq)
             gone = [v.name for v in dead if v not in self.static and v not in given_away]
             if gone:
                 self._line("del " + ", ".join(gone))
@@ -177,6 +201,13 @@ class _Writer:
         name = self.names.setdefault(id(thing), f"k{len(self.namespace)}")
         self.namespace[name] = thing
         return name
+
+
+def _laid_out(name: str, t: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """The result `name`, a copy if its strides aren't these; those of dimensions of one element say nothing."""
+    if t.numel() == 0 or all([n < 2 or a == b for n, a, b in zip(shape, t.stride(), strides)]):
+        return t
+    return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t)
 
 
 def _resolve(args: tuple, static: dict[Value, torch.Tensor]) -> tuple:

@@ -141,15 +141,18 @@ def destination_kernel(eq: Equation) -> Kernel | None:
     return Kernel(run, lambda output, operand: torch.Tag.pointwise in eq.op.tags)
 
 
-_NOT_INTO_PARTS = {torch.ops.aten.linalg_qr.default}
-"""Operators whose `out=` in PyTorch 2.13 goes wrong where two destinations are parts of one memory."""
+_NOT_INTO = {
+    torch.ops.aten.linalg_qr.default, torch.ops.aten.max_unpool2d.default, torch.ops.aten._native_batch_norm_legit.no_stats,
+}  # fmt: skip
+"""Operators whose `out=` in PyTorch 2.13 goes wrong where two destinations are parts of one memory, lays out the destination anew, or
+takes it for contiguous."""
 
 
 @cache
 def out_overload(op: Any) -> tuple[Any, tuple[str, ...]] | None:
     """The `out=` twin of an operator and the names of its destinations, if it computes in place rather than copying
     from a temporary (the generated ones do)."""
-    if op.namespace != "aten" or operator_traits(op).is_view or operator_traits(op).written or op in _NOT_INTO_PARTS:
+    if op.namespace != "aten" or operator_traits(op).is_view or operator_traits(op).written or op in _NOT_INTO:
         return None
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
     for overload in op.overloadpacket.overloads():
