@@ -14,13 +14,13 @@ from torch import nn
 
 from ..errors import CaptureError, MemoryBudgetError
 from ..graph import Captured, capture
-from ..graph.fake import TENSORS
 from ..graph.source import user_line
 from ..graph.tree import tree_flatten
 from ..kernels.native import build_ahead
 from ..memory import Arena
 from .compiled import Compiled
 from .outside import Outside, alike, modules_met
+from .signature import check_hashable, flatten, signature
 from .torch_autograd import Differentiable, closes_over_grad
 
 CACHE_SIZE = 64
@@ -62,7 +62,7 @@ class Jit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if followed():
             return self.f(*args, **kwargs)
-        flat = _flatten((args, kwargs))
+        flat = flatten((args, kwargs))
         last = self._last
         if last is not None and (tensors := last.call.tensors(*flat)) is not None and last.outside.holds():
             if not (torch.is_grad_enabled() and closes_over_grad(last.program)):
@@ -79,7 +79,7 @@ class Jit:
 
     def _with_autograd(self, args: tuple, kwargs: dict) -> Any:
         """Called from code that torch.autograd follows: outputs get gradients."""
-        leaves, tree = _flatten((args, kwargs))
+        leaves, tree = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
         key = ("autograd", tuple(wanted), *self._key(leaves, tree))
@@ -100,7 +100,7 @@ class Jit:
     def form(self, args: tuple, kwargs: dict, flat: tuple[list, Any] | None = None) -> tuple[Form, list[torch.Tensor]]:
         """The compiled form for these arguments (compiling it if need be), and the tensors among them. `flat`: them flattened,
         where that is known."""
-        leaves, tree = flat or _flatten((args, kwargs))
+        leaves, tree = flat or flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = self._key(leaves, tree)
         form = self._known(key)
@@ -113,15 +113,8 @@ class Jit:
 
     def _key(self, leaves: list, tree: Any) -> tuple:
         """What a compiled form holds for."""
-        key = (tree, *_surroundings(), *map(_signature, leaves))
-        try:
-            hash(key)
-        except TypeError as e:
-            unhashable = next(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor) and leaf.__hash__ is None)
-            raise CaptureError(
-                f"{user_line()}: an argument of nf.jit holds {unhashable!r} ({type(unhashable).__name__}), which is "
-                f"neither a tensor nor hashable. Pass tensors, numbers, strings, or pytrees of them."
-            ) from e
+        key = (tree, *_surroundings(), *map(signature, leaves))
+        check_hashable(key)
         return key
 
     @property
@@ -189,7 +182,7 @@ def _parted(leaves: list) -> tuple[list[torch.Tensor], list[tuple]]:
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if len(tensors) == len(leaves):
         return tensors, []
-    return tensors, [(i, _signature(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
+    return tensors, [(i, signature(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)]
 
 
 def _surroundings() -> tuple:
@@ -266,33 +259,5 @@ def _check_hooks(modules: Iterable[nn.Module]) -> None:
         )
 
 
-def _flatten(tree: Any) -> tuple[list, Any]:
-    """The leaves, in tree_flatten's order, and a hashable that tells the structure. Every call does this, for hundreds of
-    leaves: plain containers are taken apart here, as tree_flatten and a TreeSpec's hash take far longer."""
-    leaves: list = []
-
-    def structure(x: Any) -> Any:
-        kind = type(x)
-        if isinstance(x, torch.Tensor):
-            leaves.append(x)
-            return None
-        if kind is dict:
-            return dict, tuple(x), tuple([structure(value) for value in x.values()])
-        if kind is tuple or kind is list:
-            return kind, tuple([structure(value) for value in x])
-        inner, spec = tree_flatten(x)
-        leaves.extend(inner)
-        return spec
-
-    return leaves, structure(tree)
-
-
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor)
-
-
-def _signature(leaf: Any) -> Any:
-    if type(leaf) in TENSORS:
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    # 0.0 == -0.0, nan != nan, and slices have no hash before Python 3.12
-    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex, slice)) else leaf

@@ -47,6 +47,15 @@ def tree_map(f: Callable, tree: Any, *more: Any) -> Any:
     return _pytree.tree_map(f, tree, *more)
 
 
+def taken_apart(x: Any) -> tuple[list, tuple] | None:
+    """The children of a dataclass with tensors in it, and their names and the other fields; None for another one."""
+    _learn([x])
+    return _dataclasses[type(x)](x) if type(x) in _dataclasses else None
+
+
+_dataclasses: dict[type, Callable] = {}
+
+
 def _learn(leaves: list) -> bool:
     """Register the dataclasses with tensors in them among the leaves, and those inside; True if there were any."""
     found = False
@@ -82,4 +91,5 @@ def _register(cls: type) -> None:
                 object.__setattr__(x, name, value)
         return x
 
+    _dataclasses[cls] = take_apart
     _pytree.register_pytree_node(cls, take_apart, put_together, flatten_with_keys_fn=with_keys)

@@ -1,7 +1,10 @@
 """A jitted function is captured again whenever what was captured may not hold, and only then; lengths share kernels."""
 
 import sys
+from collections import OrderedDict
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +31,45 @@ def test_floats_that_are_equal_but_not_the_same(captures):
     for s in (0.0, -0.0, 1.0, True, 1, float("nan"), float("nan"), -0.0):
         assert torch.equal(jitted(x, s), f(x, s))
     assert len(captures) == 6
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: float
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    scale: float
+
+
+@pytest.mark.parametrize("kind", ["numpy", "dataclass", "dataclass with tensors", "named"])
+def test_numbers_within_others_are_told_apart(captures, kind):
+    of = {"numpy": np.float32, "named": lambda s: OrderedDict(s=s)}.get(kind, Config)
+    number = lambda s: s.scale if isinstance(s, Config) else s["s"] if isinstance(s, dict) else s
+    f = lambda x, s: x * number(s) + torch.full_like(x, float(number(s))).reciprocal()
+    if kind == "dataclass with tensors":
+        jitted = nf.jit(lambda batch: f(batch.x, batch.scale))
+        call = lambda x, s: jitted(Batch(x, s))
+    else:
+        jitted = nf.jit(f)
+        call = lambda x, s: jitted(x, of(s))
+    x = torch.ones(2, dtype=torch.float64)
+    for s in (0.0, -0.0, float("nan"), 0.5, float("nan"), -0.0):
+        torch.testing.assert_close(call(x, s), f(x, s if kind == "dataclass with tensors" else of(s)), equal_nan=True)
+    assert len(captures) == 4
+    if kind != "numpy":
+        for s in (2, 2.0, True):
+            assert call(x.long(), s).dtype == f(x.long(), s).dtype
+
+
+def test_what_has_no_hash_is_refused():
+    f = nf.jit(lambda x: torch.ones(2))
+    for x in (np.ones(2), Batch(torch.ones(2), np.ones(2)), Config(bytearray())):
+        with pytest.raises(CaptureError, match="neither a tensor nor hashable. Pass tensors"):
+            f(x)
+    assert f(Batch(torch.ones(2), {1, 2})).tolist() == f(Batch(torch.ones(2), [1, 2])).tolist() == [1, 1]
 
 
 def test_default_dtype_and_autocast(captures):
