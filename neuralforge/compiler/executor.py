@@ -73,7 +73,8 @@ class Program:
     def _bind_again(self) -> None:
         """If another program has taken the arena, or a constant's memory isn't that which views were made of."""
         if self._run is None or any([t.data_ptr() != at for t, at in self._viewed]):
-            self._bind()
+            with torch.inference_mode(False), torch.no_grad():  # later calls write to the memory too
+                self._bind()
 
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
         with self.arena.lock, _as_captured():

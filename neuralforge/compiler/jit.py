@@ -106,9 +106,10 @@ class Jit:
         form = self._known(key)
         if form is None:
             build_ahead()
-            with modules_met() as modules:
+            with modules_met() as modules, torch.inference_mode(False):  # calls outside of one use what is made here
                 captured = capture(lambda a, k: self.f(*a, **k), args, kwargs, writes=True)
-            form = self._remember(key, self.compile(args, kwargs, captured), modules)
+                program = self.compile(args, kwargs, captured)
+            form = self._remember(key, program, modules)
         return form, tensors
 
     def _key(self, leaves: list, tree: Any) -> tuple:
@@ -188,7 +189,8 @@ def _parted(leaves: list) -> tuple[list[torch.Tensor], list[tuple]]:
 def _surroundings() -> tuple:
     """What a compiled form depends on beside its arguments."""
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-    return torch.get_num_threads(), torch.get_default_dtype(), autocast
+    device = torch.get_default_device() if torch._C._len_torch_function_stack() else None  # which sets a mode
+    return torch.get_num_threads(), torch.get_default_dtype(), device, autocast
 
 
 def jit(

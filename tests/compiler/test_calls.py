@@ -82,3 +82,25 @@ def test_results_follow_tensors_that_move():
         kept.append([torch.full((5,), float(n + i)) for i in range(3)])
         for x, y in zip(kept[-1], f(kept[-1])):
             torch.testing.assert_close(y, x.exp() * 2)
+
+
+def test_calls_in_inference_mode_leave_nothing_of_it():
+    f = nf.jit(lambda x: (x.cumsum(0).tanh() @ x, x.sin()))
+    f(torch.randn(2, 2))
+    for n in (4, 30, 2, 4):  # the memory grows within
+        x = torch.randn(n, n)
+        with torch.inference_mode():
+            inside = f(x)
+        outside = f(x)
+        assert inside[0].is_inference() and not outside[0].is_inference()
+        torch.testing.assert_close(inside, outside)
+        torch.testing.assert_close(outside[0].add_(1), x.cumsum(0).tanh() @ x + 1)
+
+
+def test_the_default_device_is_seen():
+    f = nf.jit(lambda x: torch.zeros(3))
+    x = torch.ones(1)
+    assert f(x).device.type == "cpu"
+    with torch.device("meta"):
+        assert f(x).device.type == "meta"
+    assert f(x).device.type == "cpu"
