@@ -49,7 +49,10 @@ def functional(func: Any, args: tuple, kwargs: dict, given: Callable = lambda x:
     and what the operator returns. `given(x)` is what to read for a tensor among the arguments."""
     groups = [kwargs[name] if at is None else args[at] for name, at in operator_traits(func).written]
     targets = [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
-    values, result = _twin(func, map_tree(given, args), map_tree(given, kwargs), len(targets))
+    args, kwargs = map_tree(given, args), map_tree(given, kwargs)
+    values, result = _twin(func, args, kwargs, len(targets))
+    # A twin may hand back its argument (conj_physical of what is real); the written tensor has memory of its own.
+    values = [aten.clone.default(v) if any(v is x for x in args) else v for v in values]
     if result is None:
         result = groups[0] if len(func._schema.returns) == 1 else tuple(groups)
     return list(zip(targets, values)), result

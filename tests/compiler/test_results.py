@@ -94,3 +94,17 @@ def test_factors_that_others_read(shape):
     a = torch.randn(shape)
     for f in (lambda a: torch.linalg.qr(a)[1] * 2, lambda a: tuple(x * 2 for x in torch.linalg.qr(a))):
         torch.testing.assert_close(nf.jit(f)(a), f(a))
+
+
+def test_what_is_written_has_memory_of_its_own():
+    """The conjugate of what is real is the argument itself."""
+
+    def f(x):
+        a, b = torch.empty_like(x), torch.empty_like(x)
+        return torch.conj_physical(x, out=a), torch.conj_physical(x, out=b), (x * 2).conj_physical_()
+
+    x = torch.randn(3)
+    results = nf.jit(f)(x)
+    assert len({t.data_ptr() for t in (x, *results)}) == 4
+    for found, expected in zip(results, f(x), strict=True):
+        assert torch.equal(found, expected)
