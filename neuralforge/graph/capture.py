@@ -360,6 +360,9 @@ def _data_dependent(func: Callable) -> str:
             "Use torch.where (or arithmetic) to choose between results, x[i.reshape(1)] where the tensor i of one number is an index, "
             "or move the decision outside the function"
         )
+    elif not any("Tensor" in str(r.type) for r in func._schema.returns):
+        what = f"{func} gives a number of Python's, which depends on the data and isn't known while a graph is captured"
+        mend = "Use what gives a tensor ((a == b).all() for torch.equal, torch.isclose(a, b).all() for torch.allclose), or move it outside"
     else:
         what = f"{func} gives a result whose shape depends on the data, which a captured graph can't hold"
         mend = "Use a masked operation of fixed shape (torch.where, multiplication by a mask), or move it outside"
