@@ -27,6 +27,7 @@ from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
 from .operators import BY_STORAGE, Traits, is_random
 from .source import line_of, origin, user_line
+from .switched_off import SwitchedOff
 from .tracer import Tracer
 from .tree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -257,7 +258,7 @@ def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) 
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
-    with _disable_current_modes(), gradient_mode.differentiating(), _unvalidated(), _uncached_casts(), mode.fake_mode, mode:
+    with _disable_current_modes(), gradient_mode.differentiating(), _validation, _uncached_casts(), mode.fake_mode, mode:
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
             result = f(*tree_unflatten(fakes, tree))
@@ -285,15 +286,8 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
     return Captured(mode.graph, out_tree, writes, closed)
 
 
-@contextmanager
-def _unvalidated() -> Iterator[None]:
-    """torch.distributions asks for the values of its arguments unless it is told not to validate them."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
+_validation = SwitchedOff(lambda: Distribution._validate_args, Distribution.set_default_validate_args)
+"""torch.distributions asks for the values of its arguments unless it is told not to validate them."""
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .switched_off import SwitchedOff
+
 
 class _State(threading.local):
     off = False
@@ -23,6 +25,7 @@ class _State(threading.local):
 
 
 state = _State()
+_fast_attention = SwitchedOff(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def differentiating() -> Iterator[None]:
     """Around a function that is being differentiated: torch.autograd takes no part, and a `no_grad` outside doesn't reach
     in. To the derivatives that were being taken outside of such a `no_grad`, all of this is constant (as to torch.func).
     nn.MultiheadAttention's fast path, which nobody can differentiate, isn't taken."""
-    before, enabled, fast = state.off, torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
+    before, enabled = state.off, torch.is_grad_enabled()
     with ExitStack() as stack:
         if before:
             for mode in _get_current_dispatch_mode_stack():
@@ -38,11 +41,10 @@ def differentiating() -> Iterator[None]:
                     stack.enter_context(mode.constant())
         state.off = False
         torch._C._set_grad_enabled(False)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(_fast_attention)
         try:
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             state.off = before
             torch._C._set_grad_enabled(enabled)
 
