@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import CaptureError
-from ..graph.fake import TENSORS
+from ..graph.capture import check_dense
 from ..graph.source import user_line
 from ..graph.tree import taken_apart, tree_flatten
 
@@ -43,7 +43,8 @@ def signature(leaf: Any) -> Any:
     """A hashable that is equal for leaves for which the same program holds, if there is one. Equality of Python's won't do: 1 == True ==
     1.0, 0.0 == -0.0, nan != nan, and slices have no hash before Python 3.12."""
     kind = type(leaf)
-    if kind in TENSORS:
+    if isinstance(leaf, torch.Tensor):
+        check_dense(leaf)
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     if isinstance(leaf, (float, complex, slice, np.generic)):
         return kind, repr(leaf)

@@ -213,16 +213,7 @@ class Capture(Tracer):
             )
 
     def _fake(self, x: torch.Tensor) -> torch.Tensor:
-        if type(x) not in TENSORS:
-            raise CaptureError(
-                f"{user_line()}: a tensor of class {type(x).__name__} can't be captured, as what its class does would be "
-                f"lost; expected a torch.Tensor. Pass x.as_subclass(torch.Tensor) if that says all."
-            )
-        if x.layout != torch.strided:
-            raise CaptureError(
-                f"{user_line()}: a tensor of layout {x.layout} can't be captured; expected a dense one. Convert it with "
-                f".to_dense()."
-            )
+        check_dense(x)
         with _disable_current_modes(), self.fake_mode:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         if x.untyped_storage().nbytes() != fake.untyped_storage().nbytes():
@@ -237,6 +228,29 @@ class Capture(Tracer):
     def _bind(self, x: Any) -> Any:
         # An operator may hand back its own argument; the equation still defines a new value for what follows.
         return self._new(x) if isinstance(x, torch.Tensor) else x
+
+
+def check_dense(x: torch.Tensor) -> None:
+    """Raises CaptureError for a tensor that isn't numbers at strides in memory."""
+    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
+        raise CaptureError(f"{user_line()}: a parameter of a lazy module has no shape yet. Call the module once before it is captured.")
+    if type(x) not in TENSORS:
+        raise CaptureError(
+            f"{user_line()}: a tensor of class {type(x).__name__} can't be captured, as what its class does would be "
+            f"lost; expected a torch.Tensor. Pass x.as_subclass(torch.Tensor) if that says all."
+        )
+    if x.layout != torch.strided:
+        raise CaptureError(
+            f"{user_line()}: a tensor of layout {x.layout} can't be captured; expected a dense one. Convert it with "
+            f".to_dense()."
+        )
+    for here, what, mend in (
+        (x.is_quantized, "a quantized tensor", ".dequantize()"),
+        (x.is_nested, "a nested tensor", ".to_padded_tensor(0)"),
+        (x._is_zerotensor(), "a tensor of zeros without memory", ".clone()"),
+    ):
+        if here:
+            raise CaptureError(f"{user_line()}: {what} can't be captured; expected a dense one. Convert it with {mend}.")
 
 
 def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) -> Captured:

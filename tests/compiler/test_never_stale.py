@@ -152,6 +152,28 @@ def test_tensors_with_a_class_of_their_own_are_refused():
         assert torch.allclose(f(torch.nn.Parameter(x)), x.exp())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda: torch.eye(3).to_sparse_csr(), "layout torch.sparse_csr .* with .to_dense"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor .* with .to_padded_tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), "a quantized tensor .* with .dequantize"),
+        (lambda: torch._efficientzerotensor(3), "zeros without memory .* with .clone"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(make, why):
+    x = make()
+    for call in (lambda: nf.jit(lambda x: x * 2)(x), lambda: nf.jit(lambda y: x * y)(torch.ones(3))):
+        with pytest.raises(CaptureError, match=why):
+            call()
+    lazy = torch.nn.LazyLinear(3)
+    with pytest.raises(CaptureError, match="lazy module .* Call the module once"):
+        nf.jit(lazy)(torch.ones(2, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(lazy(torch.ones(2, 3)), nf.jit(lazy)(torch.ones(2, 3)))
+
+
 def test_the_number_of_compiled_forms_is_bounded(captures, monkeypatch):
     monkeypatch.setattr(jit_module, "CACHE_SIZE", 3)
     f = nf.jit(lambda x: x + 1)
