@@ -50,9 +50,12 @@ class Differentiable:
         # Outputs that can have a gradient; the others (indices, plain Python values) pass through.
         self.smooth = [i for i, v in enumerate(outputs) if isinstance(v, Value) and differentiable(v.fake)]
         cotangents = [outputs[i].fake for i in self.smooth]
-        self.strides = [g.stride() for g in cotangents]
+        self.cotangents = [(g.shape, g.stride(), g.dtype, g.device) for g in cotangents]
 
-        self.hidden = [t for t in plain.graph.constants.values() if t.requires_grad]
+        hidden = {v: t for v, t in plain.graph.constants.items() if t.requires_grad}
+        self.hidden = [*hidden.values()]
+        sources = [*(plain.graph.inputs[i] for i in wanted), *hidden]
+        self.reads = reads(plain.graph, sources, [outputs[i] for i in self.smooth])
         self.wanted = [*wanted, *range(len(tensors), len(tensors) + len(self.hidden))]
 
         def joint(given: list[torch.Tensor], gs: list[torch.Tensor]) -> tuple:
@@ -144,6 +147,7 @@ class Function(torch.autograd.Function):
         # Of an argument that is returned as it is, torch.autograd makes a view.
         same = {id(y): t for y, t in zip(given, tensors)}
         outputs = tuple(same.get(id(y), y) for y in flat[: program.count])
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *[y for i, y in enumerate(outputs) if isinstance(y, torch.Tensor) and i not in program.smooth]
         )
@@ -152,14 +156,15 @@ class Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gs: Any) -> tuple:
         program, saved = ctx.program, ctx.saved_tensors
-        cotangents = [_laid_out(gs[i], strides) for i, strides in zip(program.smooth, program.strides)]
+        cotangents = [_laid_out(gs[i], *described) for i, described in zip(program.smooth, program.cotangents)]
         if torch.is_grad_enabled():  # create_graph=True
             grads = program.differentiable_backward(saved[: ctx.total], cotangents)
         else:
             grads = program.backward([*saved[ctx.total : ctx.kept], *cotangents])
         result: list[Any] = [None] * ctx.total
-        for i, g in zip(program.wanted, grads):
-            result[i] = g
+        read = {n for i, found in zip(program.smooth, program.reads) if gs[i] is not None for n in found}
+        for n, (i, g) in enumerate(zip(program.wanted, grads)):
+            result[i] = g if n in read else None  # for optimizers, which decay what has a gradient of zeros
         return None, *result
 
 
@@ -185,9 +190,23 @@ def split(graph: Graph, primals: list[Value], outputs: list[Any], written: Colle
     return forward, backward
 
 
-def _laid_out(g: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """A cotangent with the strides that the program was compiled for: torch.autograd gives any."""
-    return g if g.stride() == strides else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+def reads(graph: Graph, sources: list[Value], outputs: list[Value]) -> list[set[int]]:
+    """For each output, which of the sources it is made of."""
+    made_of = {v: 1 << n for n, v in enumerate(sources)}  # sets as bits: there may be a thousand parameters
+    for eq in graph.equations:
+        found = 0
+        for v in eq.inputs:
+            found |= made_of.get(v, 0)
+        made_of.update(dict.fromkeys(eq.results, found))
+    return [{n for n in range(len(sources)) if made_of.get(v, 0) >> n & 1} for v in outputs]
+
+
+def _laid_out(g: torch.Tensor | None, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A cotangent with the strides that the program was compiled for: torch.autograd gives any, and none for outputs that aren't used."""
+    if g is not None and g.stride() == strides:
+        return g
+    new = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return new.zero_() if g is None else new.copy_(g)
 
 
 def _compiled(graph: Graph, memory_budget: int | None, max_rewrites: int | None) -> Compiled:

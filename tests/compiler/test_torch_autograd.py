@@ -56,6 +56,26 @@ def test_only_what_requires_grad_gets_it():
     assert not f(b, b).requires_grad
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_is_not_used_gets_none(create_graph):
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 2), torch.nn.Linear(3, 1)])
+
+    def f(x, unused):
+        h = model[0](x).sign() * x
+        return model[1](h), model[2](h), unused
+
+    inputs = [torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)]
+    wanted = [*inputs, *model.parameters()]
+    jitted = nf.jit(f)
+    for pick in (lambda ys: ys[0].sum(), lambda ys: ys[1].sum(), lambda ys: ys[2].sum(), lambda ys: sum(y.sum() for y in ys)):
+        found, expected = (
+            torch.autograd.grad(pick(g(*inputs)), wanted, allow_unused=True, create_graph=create_graph) for g in (jitted, f)
+        )
+        assert [g is None for g in found] == [g is None for g in expected]
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b)
+
+
 def test_derivatives_of_any_order():
     torch.manual_seed(0)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
