@@ -134,6 +134,8 @@ def destination_kernel(eq: Equation) -> Kernel | None:
     op, names = found
     if len(names) != len(eq.results):
         return None
+    if eq.op.overloadpacket in _IN_THEIR_OWN_ORDER and not all(v.fake.is_contiguous() for v in (*eq.inputs, *eq.results)):
+        return None
 
     def run(outputs: tuple, args: tuple, kwargs: dict) -> None:
         op(*args, **kwargs, **dict(zip(names, outputs)))
@@ -141,11 +143,13 @@ def destination_kernel(eq: Equation) -> Kernel | None:
     return Kernel(run, lambda output, operand: torch.Tag.pointwise in eq.op.tags)
 
 
-_NOT_INTO = {
-    torch.ops.aten.linalg_qr.default, torch.ops.aten.max_unpool2d.default, torch.ops.aten._native_batch_norm_legit.no_stats,
+_NOT_INTO = {torch.ops.aten.linalg_qr.default, torch.ops.aten.max_unpool2d.default}
+"""Operators whose `out=` in PyTorch 2.13 goes wrong where two destinations are parts of one memory, or lays out the destination anew."""
+_IN_THEIR_OWN_ORDER = {
+    torch.ops.aten._log_softmax_backward_data, torch.ops.aten.log_sigmoid_forward, torch.ops.aten.native_batch_norm,
+    torch.ops.aten._native_batch_norm_legit,
 }  # fmt: skip
-"""Operators whose `out=` in PyTorch 2.13 goes wrong where two destinations are parts of one memory, lays out the destination anew, or
-takes it for contiguous."""
+"""Operators whose `out=` in PyTorch 2.13 fills a destination of another order of dimensions as if it were contiguous."""
 
 
 @cache

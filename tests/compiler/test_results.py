@@ -108,3 +108,19 @@ def test_what_is_written_has_memory_of_its_own():
     assert len({t.data_ptr() for t in (x, *results)}) == 4
     for found, expected in zip(results, f(x), strict=True):
         assert torch.equal(found, expected)
+
+
+NORMS = {
+    "log_softmax": lambda x: x.log_softmax(1), "layer_norm": lambda x: F.layer_norm(x, x.shape[2:]), "group_norm": lambda x: F.group_norm(x, 1),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True), "logsigmoid": F.logsigmoid,
+    "batch_norm, evaluated": lambda x: F.batch_norm(x, torch.zeros(x.shape[1]), torch.ones(x.shape[1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("f", NORMS.values(), ids=NORMS)
+def test_operands_in_another_order(f):
+    """PyTorch's operators don't all lay out what they make of such as their fakes say, nor as a given destination is."""
+    for x in (torch.randn(4, 5, 6), torch.randn(6, 5, 4).transpose(0, 2), torch.randn(4, 6, 5).transpose(1, 2), torch.randn(5, 4, 6).transpose(0, 1)):
+        forward = lambda x: (f(x * 2) * 3, f(x.transpose(0, 1)).sum(0))
+        for g in (forward, nf.grad(lambda x: (f(x * 2).transpose(1, 2) ** 3).sum()), nf.grad(lambda x: f(x).transpose(0, 2).cumsum(0).cumsum(1).sum())):
+            torch.testing.assert_close(nf.jit(g)(x), g(x), rtol=1e-4, atol=1e-4)
