@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable
 from copy import copy
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,9 @@ class Bucketed:
             raise CaptureError(
                 f"nf.jit: pad names {sorted(unknown)}; expected some of {sorted(self.buckets)}, which buckets has."
             )
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if followed():

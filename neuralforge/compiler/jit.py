@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -51,13 +53,24 @@ class Jit:
     def __init__(
         self, f: Callable, donate: tuple[int, ...], memory_budget: int | None = None, max_rewrites: int | None = None
     ):
-        update_wrapper(self, f)
+        update_wrapper(self, f, updated=() if isinstance(f, nn.Module) else ("__dict__",))  # a module's are its layers, and not ours
         self.f = f
         self.donate = donate
         self.memory_budget, self.max_rewrites = memory_budget, max_rewrites
         self._arena = Arena()  # of all forms
         self._forms: OrderedDict[Any, list[Form]] = OrderedDict()
         self._last: Form | None = None
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method, it gets the instance as its first argument, as functions do."""
+        return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> Any:
+        """A copy, and what is unpickled elsewhere, compile for themselves. A decorated function goes by its name, as functions do."""
+        name = getattr(self, "__qualname__", None)
+        if name and getattr(sys.modules.get(self.__module__), name, None) is self:
+            return name
+        return Jit, (self.f, self.donate, self.memory_budget, self.max_rewrites)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if followed():
