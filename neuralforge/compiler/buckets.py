@@ -53,7 +53,7 @@ class Bucketed:
             )
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
+        return MethodType(self, instance) if instance is not None and hasattr(self.jitted.f, "__get__") else self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if followed():

@@ -62,8 +62,8 @@ class Jit:
         self._last: Form | None = None
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """As a method, it gets the instance as its first argument, as functions do."""
-        return self if instance is None else MethodType(self, instance)
+        """As a method, it gets the instance as its first argument, if the function does."""
+        return MethodType(self, instance) if instance is not None and hasattr(self.f, "__get__") else self
 
     def __reduce__(self) -> Any:
         """A copy, and what is unpickled elsewhere, compile for themselves. A decorated function goes by its name, as functions do."""

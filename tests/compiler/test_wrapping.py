@@ -37,6 +37,15 @@ class Model(nn.Module):
         return self.plain(x)
 
 
+class Holder:
+    scale = nf.jit(nn.Linear(3, 3))  # a module as an attribute of a class is no method
+
+
+def test_modules_are_not_bound():
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(Holder().scale(x), Holder.scale.f(x))
+
+
 def test_methods_are_bound():
     models, x = [Model(), Model()], torch.randn(2, 3)
     for _ in range(2):
