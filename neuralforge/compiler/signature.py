@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import CaptureError
-from ..graph.capture import check_dense
+from ..graph.refused import check_dense
 from ..graph.source import user_line
 from ..graph.tree import taken_apart, tree_flatten
 

@@ -22,10 +22,11 @@ from ..errors import CaptureError
 from ..memory import paused_collector
 from . import gradient_mode, source
 from .by_storage import from_operand
-from .fake import TENSORS, FakeMode, storage_of
+from .fake import FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
 from .operators import BY_STORAGE, Traits, is_random
+from .refused import TOLD_OTHERWISE, check_dense, data_dependent
 from .source import line_of, origin, user_line
 from .switched_off import SwitchedOff
 from .tracer import Tracer
@@ -119,7 +120,7 @@ class Capture(Tracer):
             if func in _ASK and (given := self._literals(arg_values)) is not None:
                 with _disable_current_modes():
                     return func(*given)
-            raise CaptureError(_data_dependent(func)) from e
+            raise CaptureError(data_dependent(func)) from e
         outputs = map_tree(self._bind, out)
         self.graph.equations.append(Equation(func, arg_values, kwarg_values, outputs, user_line(), origin()))
         return out
@@ -230,29 +231,6 @@ class Capture(Tracer):
         return self._new(x) if isinstance(x, torch.Tensor) else x
 
 
-def check_dense(x: torch.Tensor) -> None:
-    """Raises CaptureError for a tensor that isn't numbers at strides in memory."""
-    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
-        raise CaptureError(f"{user_line()}: a parameter of a lazy module has no shape yet. Call the module once before it is captured.")
-    if type(x) not in TENSORS:
-        raise CaptureError(
-            f"{user_line()}: a tensor of class {type(x).__name__} can't be captured, as what its class does would be "
-            f"lost; expected a torch.Tensor. Pass x.as_subclass(torch.Tensor) if that says all."
-        )
-    if x.layout != torch.strided:
-        raise CaptureError(
-            f"{user_line()}: a tensor of layout {x.layout} can't be captured; expected a dense one. Convert it with "
-            f".to_dense()."
-        )
-    for here, what, mend in (
-        (x.is_quantized, "a quantized tensor", ".dequantize()"),
-        (x.is_nested, "a nested tensor", ".to_padded_tensor(0)"),
-        (x._is_zerotensor(), "a tensor of zeros without memory", ".clone()"),
-    ):
-        if here:
-            raise CaptureError(f"{user_line()}: {what} can't be captured; expected a dense one. Convert it with {mend}.")
-
-
 def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) -> Captured:
     """Capture `f(*args)`; `args` are pytrees whose tensors may be real or fake (nothing of them is read but shape,
     dtype, strides and device). Other leaves are static: the graph holds for their values only.
@@ -277,7 +255,7 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
         try:
             result = f(*tree_unflatten(fakes, tree))
         except RuntimeError as e:
-            why = next((why for words, why in _TOLD_OTHERWISE.items() if words in str(e)), None)
+            why = next((why for words, why in TOLD_OTHERWISE.items() if words in str(e)), None)
             if why is None:
                 raise
             raise CaptureError(f"{line_of(e)}: {why}") from e
@@ -324,55 +302,3 @@ def _check_done(out: list) -> None:
             f"{user_line()}: the function returns a {type(later).__name__}, whose code would run after the graph was captured. Return "
             f"what it yields, as a list."
         )
-
-
-_DATA = (
-    "the program asks for the data of a tensor (through .numpy(), .data_ptr(), torch.tensor of tensors, ...), which doesn't exist "
-    "while a graph is captured. Use operators of torch (torch.stack for torch.tensor), or make an operator of the code that needs "
-    "the data, with nf.opaque."
-)
-_TOLD_OTHERWISE = {
-    ".numpy() is not supported": _DATA,
-    "data is not allocated yet": _DATA,
-    "Cannot access data pointer": _DATA,
-    "Cannot access storage": _DATA,
-    "does not require grad and does not have a grad_fn": (
-        "torch.autograd (through .backward() or torch.autograd.grad) takes no part in a captured function. Take derivatives with "
-        "nf.grad or nf.value_and_grad of a function of the parameters (torch.func.functional_call calls a module with them)."
-    ),
-}
-"""What PyTorch's errors mean while a graph is captured, by words of theirs."""
-
-
-_FIXED_SHAPE = {
-    aten.repeat_interleave: "Pass output_size, the number of elements of the result",
-    aten.bincount: "Use x.new_zeros(n).index_add(0, x, torch.ones_like(x)) for numbers below n",
-    aten._pack_padded_sequence: (
-        "Run the layer on the padded sequences, mask what is padded, and take the last outputs by y[torch.arange(len(y)), lengths - 1]"
-    ),
-    aten._ctc_loss: (
-        "Pass input_lengths and target_lengths as tuples of numbers, with reduction='sum' or 'none' (other lengths are captured anew), or "
-        "make an operator of the loss and its derivative with nf.opaque and nf.custom_vjp"
-    ),
-}
-"""What to do in place of operators of which the result's shape depends on the data."""
-
-
-def _data_dependent(func: Callable) -> str:
-    if func is torch.ops.aten._local_scalar_dense.default:
-        what = (
-            "the program asks for the value of a tensor (through `if`, `while`, `.item()`, `int()` or `float()`), "
-            "which isn't known while a graph is captured"
-        )
-        mend = (
-            "Use torch.where (or arithmetic) to choose between results, x[i.reshape(1)] where the tensor i of one number is an index, "
-            "or move the decision outside the function"
-        )
-    elif not any("Tensor" in str(r.type) for r in func._schema.returns):
-        what = f"{func} gives a number of Python's, which depends on the data and isn't known while a graph is captured"
-        mend = "Use what gives a tensor ((a == b).all() for torch.equal, torch.isclose(a, b).all() for torch.allclose), or move it outside"
-    else:
-        what = f"{func} gives a result whose shape depends on the data, which a captured graph can't hold"
-        mend = "Use a masked operation of fixed shape (torch.where, multiplication by a mask), or move it outside"
-        mend = _FIXED_SHAPE.get(func.overloadpacket, mend)
-    return f"{user_line()}: {what}. {mend}."
