@@ -49,7 +49,7 @@ class Differentiable:
         outputs = plain.graph.outputs[: self.count]
         # Outputs that can have a gradient; the others (indices, plain Python values) pass through.
         self.smooth = [i for i, v in enumerate(outputs) if isinstance(v, Value) and differentiable(v.fake)]
-        cotangents = [outputs[i].fake for i in self.smooth]
+        cotangents = [torch.empty_like(outputs[i].fake) for i in self.smooth]  # an output may be the same memory many times
         self.cotangents = [(g.shape, g.stride(), g.dtype, g.device) for g in cotangents]
 
         hidden = {v: t for v, t in plain.graph.constants.items() if t.requires_grad}

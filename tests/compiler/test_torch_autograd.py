@@ -181,3 +181,13 @@ def test_arguments_that_are_returned_are_views():
         with pytest.raises(RuntimeError, match="is a view"):
             y.mul_(2)
     assert w.tolist() == [1, 1, 1]
+
+
+def test_outputs_that_are_expanded():
+    x, d = torch.randn(4, requires_grad=True), torch.randn(3, 4)
+    for f in (lambda x: x.sin().expand(3, 4), lambda x: x.sin().sum().expand(3, 4), lambda x: x.exp().unfold(0, 2, 1).sum().expand(3, 4)):
+        for create_graph in (False, True):
+            found = [torch.autograd.grad((g(x) * d).sum(), x, create_graph=create_graph)[0] for g in (nf.jit(f), f)]
+            torch.testing.assert_close(*found)
+        torch.testing.assert_close(*[torch.autograd.grad(g.square().sum(), x)[0] for g in found])
+    assert torch.autograd.gradgradcheck(nf.jit(lambda x: x.sum()), x.detach().double().requires_grad_())
