@@ -167,7 +167,9 @@ class _Writer:
 
     def _output(self, v: Any) -> str:
         # A constant is the program's own: hand out a copy.
-        return f"{self._name(v)}.clone()" if isinstance(v, Value) and v in self.static else self._name(v)
+        if not isinstance(v, Value) or v not in self.static:
+            return self._name(v)
+        return f"{self._name(v)}.clone()" if _dense(v) else f"{self._name(_copy)}({self._name(v)})"
 
     def _call(self, eq: Equation) -> str:
         arguments = [self._expr(a) for a in eq.args] + [f"{k}={self._expr(v)}" for k, v in eq.kwargs.items()]
@@ -209,6 +211,17 @@ def _laid_out(name: str, t: torch.Tensor, shape: tuple[int, ...], strides: tuple
     if t.numel() == 0 or all([n < 2 or a == b for n, a, b in zip(shape, t.stride(), strides)]):
         return t
     return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t)
+
+
+def _dense(v: Value) -> bool:
+    """Does a clone keep the strides? Backward programs are compiled for them."""
+    return torch.empty_like(v.fake).stride() == tuple(v.strides)
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """With the same strides, whatever lies between or stands for several."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+    return x.as_strided((extent,), (1,)).clone().as_strided(x.shape, x.stride())
 
 
 def _resolve(args: tuple, static: dict[Value, torch.Tensor]) -> tuple:

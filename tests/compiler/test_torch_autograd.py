@@ -191,3 +191,11 @@ def test_outputs_that_are_expanded():
             torch.testing.assert_close(*found)
         torch.testing.assert_close(*[torch.autograd.grad(g.square().sum(), x)[0] for g in found])
     assert torch.autograd.gradgradcheck(nf.jit(lambda x: x.sum()), x.detach().double().requires_grad_())
+
+
+def test_constants_between_forward_and_backward_keep_their_strides():
+    w, x = torch.randn(8, 8)[::2, ::2], torch.randn(3, 4, requires_grad=True)
+    f = lambda x: (x @ w).tanh().square().sum()
+    for h in (lambda grad, x: grad(f)(x).sin().sum(), lambda grad, x: (grad(f)(x) * w[:3] * w.t()[1:]).sum()):
+        found = torch.autograd.grad(nf.jit(lambda x: h(nf.grad, x))(x), x)[0]  # noqa: B023
+        torch.testing.assert_close(found, torch.func.grad(lambda x: h(torch.func.grad, x))(x.detach()))  # noqa: B023
