@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 
+from ..errors import CaptureError
 from ..graph.ir import Equation, Graph, Value, leaves
+from ..graph.source import user_line
 from ..memory import Arena, keep_pages
 from .kernels import Kernel
 from .plan import Plan, empty_like, is_view, plan_memory
@@ -30,6 +33,7 @@ class Program:
         self.plan: Plan = plan_memory(graph, kernels, donated)
         self.arena = arena or Arena()
         self._otherwise: set[Equation] | None = None  # operators that lay out results otherwise than planned; None: not looked at yet
+        _check_not_running(self.arena)
         with self.arena.lock:
             self._bind()
 
@@ -77,9 +81,15 @@ class Program:
                 self._bind()
 
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
-        with self.arena.lock, _as_captured():
-            self._bind_again()
-            return self._first_run(tensors) if self._otherwise is None else self._run(*tensors)
+        arena = self.arena
+        _check_not_running(arena)
+        with arena.lock, _as_captured():
+            arena.running = get_ident()
+            try:
+                self._bind_again()
+                return self._first_run(tensors) if self._otherwise is None else self._run(*tensors)
+            finally:
+                arena.running = None
 
     def timed(self, *tensors: torch.Tensor) -> dict[Equation, float]:
         """Run once as a call does, with a look at the clock after each line: the seconds of each equation that has one."""
@@ -101,6 +111,15 @@ class Program:
             before = time.perf_counter()
             run(*tensors)
         return seconds
+
+
+def _check_not_running(arena: Arena) -> None:
+    """Raises CaptureError where a thread would wait for itself."""
+    if arena.running == get_ident():
+        raise CaptureError(
+            f"{user_line()}: a jitted function is called while it runs, by an operator within it (nf.opaque) or a signal's handler. "
+            f"Call the plain function there, or one that is jitted for itself."
+        )
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class Arena:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.running: int | None = None
+        """The thread of the program that runs, which would wait for itself if it ran another."""
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -2,10 +2,12 @@
 
 import threading
 
+import pytest
 import torch
 from torch import nn
 
 import neuralforge as nf
+from neuralforge.errors import CaptureError
 
 
 def together(*works):
@@ -65,3 +67,12 @@ def test_one_function_and_many_shapes():
             torch.testing.assert_close(jitted(x), model(x), rtol=1e-4, atol=1e-5)
 
     together(*(lambda grad=grad: work(grad) for grad in (True, False, True, False)))
+
+
+def test_a_function_that_calls_itself_does_not_wait_for_itself():
+    again = nf.opaque(lambda x: f(x[:1]) if len(x) > 1 else x * 3, lambda x: x.new_empty(1))
+    f = nf.jit(lambda x: again(x * 2) + 1)
+    for _ in range(2):  # the call within compiles another form, and then finds it
+        with pytest.raises(CaptureError, match="is called while it runs.*Call the plain function"):
+            f(torch.ones(3))
+        assert f(torch.ones(1)).tolist() == [7]
