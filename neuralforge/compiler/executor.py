@@ -16,6 +16,7 @@ from ..graph.source import user_line
 from ..memory import Arena, keep_pages
 from .kernels import Kernel
 from .plan import Plan, empty_like, is_view, plan_memory
+from .space import memory_order
 
 
 class Program:
@@ -188,7 +189,8 @@ class _Writer:
         # A constant is the program's own: hand out a copy.
         if not isinstance(v, Value) or v not in self.static:
             return self._name(v)
-        return f"{self._name(v)}.clone()" if _dense(v) else f"{self._name(_copy)}({self._name(v)})"
+        # Backward programs are compiled for its strides, which clones of dense tensors keep.
+        return f"{self._name(v)}.clone()" if memory_order(v) is not None else f"{self._name(_copy)}({self._name(v)})"
 
     def _call(self, eq: Equation) -> str:
         arguments = [self._expr(a) for a in eq.args] + [f"{k}={self._expr(v)}" for k, v in eq.kwargs.items()]
@@ -230,11 +232,6 @@ def _laid_out(name: str, t: torch.Tensor, shape: tuple[int, ...], strides: tuple
     if t.numel() == 0 or all([n < 2 or a == b for n, a, b in zip(shape, t.stride(), strides)]):
         return t
     return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t)
-
-
-def _dense(v: Value) -> bool:
-    """Does a clone keep the strides? Backward programs are compiled for them."""
-    return torch.empty_like(v.fake).stride() == tuple(v.strides)
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:

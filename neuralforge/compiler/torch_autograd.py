@@ -16,6 +16,7 @@ from ..graph.operators import draws
 from ..graph.source import user_line
 from ..graph.tree import TreeSpec, tree_flatten, tree_unflatten
 from .compiled import Compiled, check_apart
+from .space import memory_order
 
 
 class Differentiable:
@@ -49,7 +50,7 @@ class Differentiable:
         outputs = plain.graph.outputs[: self.count]
         # Outputs that can have a gradient; the others (indices, plain Python values) pass through.
         self.smooth = [i for i, v in enumerate(outputs) if isinstance(v, Value) and differentiable(v.fake)]
-        cotangents = [torch.empty_like(outputs[i].fake) for i in self.smooth]  # an output may be the same memory many times
+        cotangents = [_cotangent(outputs[i]) for i in self.smooth]
         self.cotangents = [(g.shape, g.stride(), g.dtype, g.device) for g in cotangents]
 
         hidden = {v: t for v, t in plain.graph.constants.items() if t.requires_grad}
@@ -188,6 +189,14 @@ def split(graph: Graph, primals: list[Value], outputs: list[Any], written: Colle
     constants = {v: t for v, t in graph.constants.items() if v not in written}
     backward = Graph([*kept, *cotangents], constants, late_equations, graph.outputs[len(outputs) :])
     return forward, backward
+
+
+def _cotangent(v: Value) -> torch.Tensor:
+    """A fake one of an output, which itself may be the same memory many times."""
+    if memory_order(v) is not None:
+        return v.fake
+    with v.fake.fake_mode:
+        return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def reads(graph: Graph, sources: list[Value], outputs: list[Value]) -> list[set[int]]:
