@@ -191,6 +191,11 @@ class Tracer(TorchDispatchMode):
                     f"{tuple(target.shape)}. Use the operator without the underscore, or an `out` of the right shape."
                 )
             if value.dtype != target.dtype:
+                if not torch.can_cast(value.dtype, target.dtype):  # eagerly an error too
+                    raise CaptureError(
+                        f"{user_line()}: {func} writes a result of {value.dtype} into a tensor of {target.dtype}, which can't hold it. Use "
+                        f"the operator without the underscore, or an `out` of that dtype."
+                    )
                 with self:
                     value = value.to(target.dtype)
             if func is aten.detach_.default:

@@ -264,3 +264,12 @@ def test_in_place_operators_whose_overloads_have_other_names(name):
     f = lambda x, y: (z := x * 3, getattr(z, name)(y), z)[1:]
     for found, expected in zip(capture(f, x, y).graph(x, y), f(x, y)):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype, number", [(torch.int64, 0.5), (torch.bool, 1), (torch.float32, 1j)])
+def test_what_the_written_tensor_cannot_hold(dtype, number):
+    f = lambda x: x.clone().add_(number)
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        f(torch.zeros(3, dtype=dtype))
+    with pytest.raises(CaptureError, match=rf"test_tracer.py:\d+: aten.add_.* into a tensor of {dtype}, which can't hold it"):
+        nf.jit(f)(torch.zeros(3, dtype=dtype))
