@@ -143,9 +143,10 @@ def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Val
 
 def _waited_for(graph: Graph) -> Iterator[tuple[Value, int]]:
     """What collectives still read after they have returned, with the equation that waits for them."""
-    producers = graph.producers()
-    for i, eq in enumerate(graph.equations):
-        if eq.name == "_c10d_functional.wait_tensor" and eq.args[0] in producers:
+    waits = [(i, eq) for i, eq in enumerate(graph.equations) if eq.name == "_c10d_functional.wait_tensor"]
+    producers = graph.producers() if waits else {}  # most graphs have none, and are planned many times
+    for i, eq in waits:
+        if eq.args[0] in producers:
             yield from ((v, i) for v in producers[eq.args[0]].inputs)
 
 
