@@ -23,8 +23,9 @@ from ..compiler.joined import Joined
 from ..compiler.kernels import destination_kernel
 from ..compiler.passes.rewrites import Rewrite, Rewrites
 from ..compiler.pipeline import stages
-from ..compiler.plan import Plan, is_view
+from ..compiler.plan import Plan
 from ..compiler.reductions import role
+from ..compiler.storage import is_view
 from ..errors import KernelError
 from ..graph import Graph, capture
 from ..graph.ir import Equation

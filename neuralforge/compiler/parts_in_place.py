@@ -13,8 +13,8 @@ from ..graph.ir import Equation, Graph, Value, substitute
 from .fuse import Fused
 from .passes.dataflow import Dataflow
 from .passes.rewrites import make
-from .plan import root_of, view_roots
 from .space import contiguous, cuts_of
+from .storage import root_of, view_roots
 
 aten = torch.ops.aten
 

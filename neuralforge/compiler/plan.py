@@ -22,8 +22,8 @@ import torch
 from ..graph.ir import Equation, Graph, Value, leaves
 from ..graph.operators import operator_traits
 from ..memory import Buffer, assign_offsets
-from .joined import Joined
 from .kernels import Kernel
+from .storage import root_of, view_roots
 
 
 @dataclass
@@ -49,22 +49,6 @@ class Plan:
     """First and last equation at which each value's memory is in use; inputs and constants have no birth."""
     in_use: list[int] = field(default_factory=list)
     """Bytes in use at each equation, inputs and constants not counted."""
-
-
-def view_roots(graph: Graph) -> dict[Value, Value]:
-    """What each view is a view of, which may be one itself."""
-    return {v: eq.args[0] for eq in graph.equations if is_view(eq) for v in eq.results}
-
-
-def root_of(roots: dict[Value, Value], value: Value) -> Value:
-    while value in roots:
-        value = roots[value]
-    return value
-
-
-def is_view(eq: Equation) -> bool:
-    """Do the results share the memory of the first argument?"""
-    return not isinstance(eq.op, Joined) and operator_traits(eq.op).is_view
 
 
 def plan_memory(graph: Graph, kernels: dict[Equation, Kernel], donated: list[Value]) -> Plan:

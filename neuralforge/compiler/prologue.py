@@ -25,10 +25,10 @@ from .kernels import Kernel
 from .layout import Layout
 from .passes.dataflow import Dataflow
 from .passes.rewrites import make
-from .plan import is_view, root_of, view_roots
 from .pointwise import price
 from .products import product_operands
 from .space import contiguous
+from .storage import is_view, root_of, view_roots
 
 aten = torch.ops.aten
 

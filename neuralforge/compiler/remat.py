@@ -22,7 +22,8 @@ from .again import results_apart
 from .cost import additions, cost
 from .fuse import Fused
 from .kernels import Kernel, fused_kernel
-from .plan import Plan, is_view, plan_memory, root_of
+from .plan import Plan, plan_memory
+from .storage import is_view, root_of
 
 FLOPS, BANDWIDTH = 2e11, 2e10
 """Rough rates that weigh arithmetic against memory traffic."""

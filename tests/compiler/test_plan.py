@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler.plan import root_of
+from neuralforge.compiler.storage import root_of
 
 
 def loss(params, x):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...graph.ir import Equation, Graph, Value
-from ..plan import root_of, view_roots
+from ..storage import root_of, view_roots
 
 aten = torch.ops.aten
 
