@@ -17,7 +17,7 @@ from ..compiler.attention import attention_flops
 from ..compiler.buckets import Bucketed
 from ..compiler.compiled import Compiled
 from ..compiler.cost import additions, cost, total
-from ..compiler.fuse import Fused
+from ..compiler.fused import Fused
 from ..compiler.jit import Jit
 from ..compiler.joined import Joined
 from ..compiler.kernels import destination_kernel

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from ..graph.ir import Equation, Graph, Value
 from .epilogue import Product
-from .fuse import LOOKED_THROUGH, Fused
+from .fused import Fused
+from .group import LOOKED_THROUGH
 from .prologue import Prologued
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..graph.ir import Equation, Graph, Value
 from .codegen import source
-from .fuse import Fused
+from .fused import Fused
 
 
 def batch(graph: Graph) -> Graph:

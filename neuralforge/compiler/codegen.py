@@ -22,7 +22,7 @@ import torch
 from ..graph.ir import Value
 from ..kernels.native import prelude
 from ..kernels.toolchain import compiler, load_many
-from .fuse import Fused
+from .fused import Fused
 from .layout import Layout, Loop, Node
 from .pointwise import STORED
 

@@ -16,7 +16,8 @@ from ..graph import verify
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
 from ..kernels import matmul
 from .codegen import as_planned, epilogue_source, sizes_and_strides
-from .fuse import LOOKED_THROUGH, Fused
+from .fused import Fused
+from .group import LOOKED_THROUGH
 from .joined import Joined
 from .kernels import Kernel
 from .layout import Layout

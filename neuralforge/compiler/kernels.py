@@ -20,7 +20,7 @@ from ..kernels import cross_entropy, embedding, linear_cross_entropy, matmul, ro
 from ..kernels.toolchain import compiler, plain_operators_instead
 from .attention import claim_attention
 from .codegen import caller, functions, source
-from .fuse import Fused
+from .fused import Fused
 
 
 def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:

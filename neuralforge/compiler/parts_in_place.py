@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..graph.ir import Equation, Graph, Value, substitute
-from .fuse import Fused
+from .fused import Fused
 from .passes.dataflow import Dataflow
 from .passes.rewrites import make
 from .space import contiguous, cuts_of

@@ -19,7 +19,7 @@ from ..kernels import matmul
 from .codegen import as_planned, prologue_source, sizes_and_strides
 from .column_sums import ProductAndSums
 from .epilogue import Product
-from .fuse import Fused
+from .fused import Fused
 from .joined import Joined
 from .kernels import Kernel
 from .layout import Layout

@@ -20,7 +20,7 @@ from ..graph.ir import Equation, Value, map_tree, substitute
 from ..graph.operators import has_effect
 from .again import results_apart
 from .cost import additions, cost
-from .fuse import Fused
+from .fused import Fused
 from .kernels import Kernel, fused_kernel
 from .plan import Plan, plan_memory
 from .storage import is_view, root_of

@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..graph.ir import Equation, Graph, Value, leaves, substitute
+from .group import LOOKED_THROUGH, Group
 from .pointwise import price, supported
-
-if TYPE_CHECKING:
-    from .fuse import Group
 
 CHEAP = 5
 """The most additions that computing a result again may cost."""
@@ -22,16 +19,16 @@ SMALL = 4096
 """Elements below which a result isn't worth it."""
 
 
-def sink(graph: Graph, groups: list[Group], looked_through: set) -> Graph:
+def sink(graph: Graph, groups: list[Group]) -> Graph:
     """The graph with such results computed where they are read; `groups` are changed to match."""
-    return _Sink(graph, groups, looked_through).run()
+    return _Sink(graph, groups).run()
 
 
 class _Sink:
     """Who makes and reads what is kept up to date; the changes are noted, and made all at once (`_changed`)."""
 
-    def __init__(self, graph: Graph, groups: list[Group], looked_through: set):
-        self.graph, self.looked_through = graph, looked_through
+    def __init__(self, graph: Graph, groups: list[Group]):
+        self.graph = graph
         self.outputs = set(leaves(graph.outputs))
         self.free = {*graph.inputs, *graph.constants}
         self.names = itertools.count()
@@ -101,7 +98,7 @@ class _Sink:
             if group is not None:
                 views = found.setdefault(group, [])
                 views.extend(p for p in path if p not in views)
-            elif eq.op not in self.looked_through or not self._readers(eq.outputs, home, [*path, eq], found):
+            elif eq.op not in LOOKED_THROUGH or not self._readers(eq.outputs, home, [*path, eq], found):
                 return False
         return True
 
@@ -162,7 +159,7 @@ class _Sink:
         held = {*self.outputs, *(v for view in home.views for v in view.inputs)}
         while candidates:
             eq = candidates.pop()
-            ours = self.group_of.get(eq) is home or eq.op in self.looked_through and eq not in self.group_of
+            ours = self.group_of.get(eq) is home or eq.op in LOOKED_THROUGH and eq not in self.group_of
             if ours and eq not in self.dead and not any(v in held or self.users.get(v) for v in eq.results):
                 self.dead.add(eq)
                 self._unlink(eq)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import neuralforge as nf
 from neuralforge.compiler import codegen
 from neuralforge.compiler.batch import batch
-from neuralforge.compiler.fuse import Fused, fuse
+from neuralforge.compiler.fuse import fuse
+from neuralforge.compiler.fused import Fused
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture, verify
 
