@@ -18,8 +18,8 @@ from pathlib import Path
 import matplotlib
 import step as steps
 
-import neuralforge as nf
 from neuralforge.bench import alternate, peak_resident_bytes, reset_peak, resident_bytes
+from neuralforge.compiler.jitted import Jit
 from neuralforge.errors import MemoryBudgetError
 
 matplotlib.use("Agg")
@@ -29,7 +29,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 MB = 1e6
 
 
-def start(model: str, budget: int | None) -> tuple[steps.Run, nf.compiler.jit.Jit]:
+def start(model: str, budget: int | None) -> tuple[steps.Run, Jit]:
     """The step after its first call, and its jitted function."""
     made = []
 

@@ -34,7 +34,7 @@ import neuralforge as nf
 from neuralforge import optim
 from neuralforge.bench import alternate, peak_flops
 from neuralforge.bench.machine import inspect_machine
-from neuralforge.compiler.cost import total
+from neuralforge.compiler.planning.cost import total
 from neuralforge.data import Sampler, prepare, validation_batches
 from neuralforge.graph import capture
 from neuralforge.models import build

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuralforge.compiler import products
+from neuralforge.compiler.products import candidates
 from neuralforge.errors import KernelError
 from neuralforge.kernels import native, toolchain
 
@@ -69,7 +69,7 @@ def timed(monkeypatch):
             self.table[key] = {"choice": choice, "seconds": {"aten": 1.0, "own": own}, "copy": copy}
             return choice
 
-        monkeypatch.setattr(products.Choices, "get", get)
-        monkeypatch.setattr(products.Choices, "save", lambda self: None)
+        monkeypatch.setattr(candidates.Choices, "get", get)
+        monkeypatch.setattr(candidates.Choices, "save", lambda self: None)
 
     return timed

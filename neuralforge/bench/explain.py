@@ -16,14 +16,14 @@ from torch.utils.flop_counter import flop_registry
 from ..compiler.attention import attention_flops
 from ..compiler.buckets import Bucketed
 from ..compiler.compiled import Compiled
-from ..compiler.cost import additions, cost, total
-from ..compiler.fused import Fused
-from ..compiler.jit import Jit
+from ..compiler.fusion.fused import Fused
+from ..compiler.jitted import Jit
 from ..compiler.joined import Joined
 from ..compiler.kernels import destination_kernel
 from ..compiler.passes.rewrites import Rewrite, Rewrites
 from ..compiler.pipeline import stages
-from ..compiler.plan import Plan
+from ..compiler.planning.cost import additions, cost, total
+from ..compiler.planning.plan import Plan
 from ..compiler.reductions import role
 from ..compiler.storage import is_view
 from ..errors import KernelError

@@ -8,7 +8,7 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ..compiler.cost import total
+from ..compiler.planning.cost import total
 from ..kernels.toolchain import cpu_model
 from .peak import bandwidth, product_peak
 

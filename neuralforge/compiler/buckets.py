@@ -22,7 +22,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from ..errors import CaptureError, warn
 from ..graph.source import user_line
 from .compiled import Compiled
-from .jit import Jit, followed
+from .jitted import Jit, followed
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Relative difference of an output, as a norm, that counts as rounding; 3e-2 for narrower types."""

@@ -16,15 +16,15 @@ from ..graph.source import user_line
 from ..kernels.native import build_ahead
 from ..memory import Arena, give_pages_back, paused_collector
 from . import on_disk
-from .column_sums import join_column_sums
-from .epilogue import join_epilogues
 from .executor import Program
 from .kernels import built, claim
 from .passes.rewrites import Rewrites
 from .pipeline import optimise, without_autocast
-from .products import choose_products
-from .prologue import groups_for_prologues, join_prologues
-from .remat import rematerialise
+from .planning.remat import rematerialise
+from .products.candidates import choose_products
+from .products.column_sums import join_column_sums
+from .products.epilogue import join_epilogues
+from .products.prologue import groups_for_prologues, join_prologues
 
 
 class Compiled:

@@ -15,7 +15,7 @@ from ..graph.ir import Equation, Graph, Value, leaves
 from ..graph.source import user_line
 from ..memory import Arena, keep_pages
 from .kernels import Kernel
-from .plan import Plan, empty_like, plan_memory
+from .planning.plan import Plan, empty_like, plan_memory
 from .space import memory_order
 from .storage import is_view
 

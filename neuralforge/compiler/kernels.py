@@ -19,8 +19,8 @@ from ..graph.operators import operator_traits
 from ..kernels import cross_entropy, embedding, linear_cross_entropy, matmul, rotary
 from ..kernels.toolchain import compiler, plain_operators_instead
 from .attention import claim_attention
-from .codegen import caller, functions, source
-from .fused import Fused
+from .fusion.codegen import caller, functions, source
+from .fusion.fused import Fused
 
 
 def _unbuilt(outputs: tuple, args: tuple, kwargs: dict) -> None:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from ..graph import Graph, verify
-from .batch import batch
-from .fuse import fuse
-from .parts_in_place import parts_in_place
+from .fusion.batch import batch
+from .fusion.fuse import fuse
+from .fusion.parts_in_place import parts_in_place
 from .passes import (
     common_subexpressions,
     dead_code,

@@ -10,9 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 import neuralforge as nf
-from neuralforge.compiler import products
 from neuralforge.compiler.pipeline import optimise
-from neuralforge.compiler.products import PRODUCTS
+from neuralforge.compiler.products import candidates
+from neuralforge.compiler.products.candidates import PRODUCTS
 from neuralforge.graph import capture
 from neuralforge.models import ModelConfig, build, next_token_loss
 
@@ -118,10 +118,10 @@ def test_each_weight_is_converted_once(isa):
 def test_without_a_compiler_products_are_made_in_float32_where_the_cpu_has_no_other(monkeypatch):
     """PyTorch's own code for bfloat16 takes 25 times as long there."""
     seen = []
-    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    monkeypatch.setattr(products.matmul, "available", lambda dtype: False)
-    made = products.in_float32
-    monkeypatch.setattr(products, "in_float32", lambda eq: (kernel := made(eq)) and seen.append(eq.op) or kernel)
+    monkeypatch.setattr(candidates, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(candidates.matmul, "available", lambda dtype: False)
+    made = candidates.in_float32
+    monkeypatch.setattr(candidates, "in_float32", lambda eq: (kernel := made(eq)) and seen.append(eq.op) or kernel)
     x, w, b, y = (torch.randn(s).bfloat16() for s in ((9, 5), (5, 5), (5,), (9, 5)))
     batches = x.expand(2, 9, 5), w.expand(2, 5, 5)
     for f, args in [
@@ -207,7 +207,7 @@ def test_a_step_follows_eager_autocast(isa):
 
 def test_activations_take_half_the_memory(isa, monkeypatch):
     """Planned peak of forward and backward, less the gradients, which are float32 either way."""
-    monkeypatch.setattr(products.Choices, "get", lambda self, key, measure: "aten")  # or the peak depends on times
+    monkeypatch.setattr(candidates.Choices, "get", lambda self, key, measure: "aten")  # or the peak depends on times
     config = ModelConfig("gpt2", 256, 128, 64, 4, 4, 4, 256)
     model, tokens = build(config, 0), torch.randint(0, 256, (8, 129))
     loss = lambda params, t: next_token_loss(functional_call(model, params, (t[:, :-1],)), t[:, 1:])

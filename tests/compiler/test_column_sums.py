@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import products
+from neuralforge.compiler.products import candidates
 
 pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.fixture(autouse=True)
 def own_products(monkeypatch):
-    monkeypatch.setattr(products.Choices, "get", lambda self, key, measure: "own")
-    monkeypatch.setattr(products.Choices, "save", lambda self: None)
+    monkeypatch.setattr(candidates.Choices, "get", lambda self, key, measure: "own")
+    monkeypatch.setattr(candidates.Choices, "save", lambda self: None)
 
 
 def pulled(layer):

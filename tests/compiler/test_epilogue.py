@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import compiled, remat
-from neuralforge.compiler.epilogue import join_epilogues
+from neuralforge.compiler import compiled
+from neuralforge.compiler.planning import remat
+from neuralforge.compiler.products.epilogue import join_epilogues
 from neuralforge.kernels import matmul
 
 pytestmark = pytest.mark.usefixtures("isa")

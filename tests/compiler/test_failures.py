@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import codegen
-from neuralforge.compiler.products import choose_products
+from neuralforge.compiler.fusion import codegen
+from neuralforge.compiler.products.candidates import choose_products
 from neuralforge.graph import capture
 from neuralforge.kernels import toolchain
 from neuralforge.kernels.choices import Choices

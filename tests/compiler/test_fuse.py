@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import neuralforge as nf
-from neuralforge.compiler import codegen
-from neuralforge.compiler.batch import batch
-from neuralforge.compiler.fuse import fuse
-from neuralforge.compiler.fused import Fused
+from neuralforge.compiler.fusion import codegen
+from neuralforge.compiler.fusion.batch import batch
+from neuralforge.compiler.fusion.fuse import fuse
+from neuralforge.compiler.fusion.fused import Fused
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture, verify
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import neuralforge as nf
-from neuralforge.compiler import products
+from neuralforge.compiler.products import candidates
 from neuralforge.errors import CaptureError
 from neuralforge.kernels import choices, toolchain
 from neuralforge.models import ModelConfig, build, next_token_loss
@@ -216,7 +216,7 @@ def test_lengths_share_kernels(kind, monkeypatch, tmp_path):
     monkeypatch.setattr(
         toolchain, "_load", lambda source, *rest: builds.append(source) or load(source, *rest)
     )
-    monkeypatch.setattr(products, "_fastest", lambda *args: pytest.fail("a product was timed again"))
+    monkeypatch.setattr(candidates, "_fastest", lambda *args: pytest.fail("a product was timed again"))
     for length in (33, 18, 48):
         tokens = torch.randint(0, 50, (2, length))
         loss, grads = jitted(params, tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import neuralforge as nf
-from neuralforge.compiler import products
+from neuralforge.compiler.products import candidates
 from neuralforge.graph import capture
 from neuralforge.kernels import matmul, toolchain
 
@@ -22,7 +22,7 @@ def test_every_candidate(choice, monkeypatch):
         asked.append(measure.args[0])
         return choice
 
-    monkeypatch.setattr(products.Choices, "get", get)
+    monkeypatch.setattr(candidates.Choices, "get", get)
     forward = matmul.forward
     monkeypatch.setattr(matmul, "forward", lambda *args, **kwargs: run.append(args) or forward(*args, **kwargs))
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def test_every_candidate(choice, monkeypatch):
 
 
 def test_batches_have_our_kernel_too(monkeypatch):
-    monkeypatch.setattr(products.Choices, "get", lambda self, key, measure: "own")
+    monkeypatch.setattr(candidates.Choices, "get", lambda self, key, measure: "own")
     a, b = torch.randn(5, 7, 8), torch.randn(5, 9, 8)
     torch.testing.assert_close(nf.jit(lambda a, b: a @ b.mT)(a, b), a @ b.mT, rtol=1e-4, atol=1e-4)
 
@@ -49,8 +49,8 @@ def test_candidates_of_bfloat16(choice, monkeypatch):
         asked[key] = set(measure.args[0])
         return choice
 
-    monkeypatch.setattr(products.Choices, "get", get)
-    monkeypatch.setattr(products, "_fastest", lambda candidates, *rest: set(candidates))
+    monkeypatch.setattr(candidates.Choices, "get", get)
+    monkeypatch.setattr(candidates, "_fastest", lambda candidates, *rest: set(candidates))
     forward = matmul.forward
     monkeypatch.setattr(matmul, "forward", lambda *args, **kwargs: run.append(args) or forward(*args, **kwargs))
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_candidates_of_bfloat16(choice, monkeypatch):
 def test_timing_remembers_every_candidate(tmp_path, monkeypatch):
     monkeypatch.setenv("NEURALFORGE_CACHE", str(tmp_path))
     nf.jit(lambda a, b: a @ b)(torch.randn(30, 40), torch.randn(40, 50))
-    (entry,) = products.Choices("products").table.values()
+    (entry,) = candidates.Choices("products").table.values()
     assert set(entry["seconds"]) == {"aten", "onednn", "own"}
     assert entry["choice"] == min(entry["seconds"], key=entry["seconds"].get)
 
@@ -79,39 +79,39 @@ def test_another_length_takes_over_the_choice(tmp_path, monkeypatch):
     monkeypatch.setenv("NEURALFORGE_CACHE", str(tmp_path))
     f = nf.jit(lambda x, w: x @ w)
     f(torch.randn(30, 40), torch.randn(40, 50))
-    (timed,) = products.Choices("products").table
-    monkeypatch.setattr(products, "_fastest", lambda *args: pytest.fail("timed again"))
+    (timed,) = candidates.Choices("products").table
+    monkeypatch.setattr(candidates, "_fastest", lambda *args: pytest.fail("timed again"))
     x, w = torch.randn(90, 40), torch.randn(40, 50)
     torch.testing.assert_close(f(x, w), x @ w)
-    entry = list(products.Choices("products").table.values())[1]
+    entry = list(candidates.Choices("products").table.values())[1]
     assert entry["like"] == timed
-    monkeypatch.setattr(products, "_fastest", lambda *args: {"choice": "aten", "seconds": {"aten": 1.0}, "copy": 1.0})
+    monkeypatch.setattr(candidates, "_fastest", lambda *args: {"choice": "aten", "seconds": {"aten": 1.0}, "copy": 1.0})
     for rows, columns in ((300, 50), (31, 51)):  # too far, and two lengths at once
         f(torch.randn(rows, 40), torch.randn(40, columns))
     f(torch.randn(1, 40).expand(30, 40), torch.randn(40, 50))  # a stride of zero
-    assert ["like" in entry for entry in products.Choices("products").table.values()] == [False, True, False, False, False]
+    assert ["like" in entry for entry in candidates.Choices("products").table.values()] == [False, True, False, False, False]
 
 
 def test_gaps_between_rows_are_not_for_onednn():
-    def candidates(x):
+    def served(x):
         (product,) = capture(lambda x, w: x @ w, x, torch.ones(8, 8)).graph.equations
-        return products.onednn(product)
+        return candidates.onednn(product)
 
-    assert candidates(torch.ones(8, 8)) and candidates(torch.ones(8, 8).t())
-    assert candidates(torch.ones(8, 16)[:, :8]) is None
+    assert served(torch.ones(8, 8)) and served(torch.ones(8, 8).t())
+    assert served(torch.ones(8, 16)[:, :8]) is None
 
 
 def test_long_products_are_timed_on_a_part(monkeypatch):
-    monkeypatch.setattr(products, "LONGEST", 8)
+    monkeypatch.setattr(candidates, "LONGEST", 8)
     seen = []
 
     def get(self, key, measure):
         timed = {name: lambda *tensors, call=call: seen.append((tensors, call(*tensors))) for name, call in measure.args[0].items()}
-        found = products._fastest(timed, *measure.args[1:3])
+        found = candidates._fastest(timed, *measure.args[1:3])
         assert min(found["seconds"].values()) > 0
         return found["choice"]
 
-    monkeypatch.setattr(products.Choices, "get", get)
+    monkeypatch.setattr(candidates.Choices, "get", get)
     x, w, bias = torch.randn(20, 12), torch.randn(17, 12), torch.randn(17)
     torch.testing.assert_close(nf.jit(torch.nn.functional.linear)(x, w, bias), torch.nn.functional.linear(x, w, bias))
     for (c, a, b), _ in seen:
@@ -121,17 +121,17 @@ def test_long_products_are_timed_on_a_part(monkeypatch):
 
 
 def test_times_are_those_of_the_whole_product(monkeypatch):
-    monkeypatch.setattr(products, "LONGEST", 8)
+    monkeypatch.setattr(candidates, "LONGEST", 8)
     clock = iter(range(1000))
-    monkeypatch.setattr(products.time, "perf_counter", lambda: next(clock))  # everything takes one second
+    monkeypatch.setattr(candidates.time, "perf_counter", lambda: next(clock))  # everything takes one second
     captured = capture(lambda a, b: a @ b, torch.ones(16, 24), torch.ones(24, 32))
     (product,) = captured.graph.equations
-    found = products._fastest({"aten": product.op}, product.args, {})
+    found = candidates._fastest({"aten": product.op}, product.args, {})
     assert found == {"choice": "aten", "seconds": {"aten": 24.0}, "copy": 8.0}
 
 
 def test_ours_unless_another_is_clearly_faster():
-    assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.05}) == "own"
-    assert products.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.3}) == "onednn"
-    assert products.chosen({"aten": 1.0, "onednn": 2.0, "own": 1.1}) == "aten"
-    assert products.chosen({"aten": 1.0, "onednn": 0.95}) == "onednn"
+    assert candidates.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.05}) == "own"
+    assert candidates.chosen({"aten": 2.0, "onednn": 1.0, "own": 1.3}) == "onednn"
+    assert candidates.chosen({"aten": 1.0, "onednn": 2.0, "own": 1.1}) == "aten"
+    assert candidates.chosen({"aten": 1.0, "onednn": 0.95}) == "onednn"

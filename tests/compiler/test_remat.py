@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import neuralforge as nf
-from neuralforge.compiler import products
+from neuralforge.compiler.products import candidates
 from neuralforge.errors import MemoryBudgetError
 from neuralforge.kernels import matmul
 
@@ -64,7 +64,7 @@ def test_what_the_plan_says_is_what_is_allocated(problem, monkeypatch):
     """The tensors alive during a call, counted, against the predicted peak, but for what C code allocates for itself."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(products.Choices, "get", lambda self, key, measure: "aten")
+    monkeypatch.setattr(candidates.Choices, "get", lambda self, key, measure: "aten")
     monkeypatch.setattr(matmul, "scratch_bytes", lambda *args, **kwargs: 0)
     f = nf.value_and_grad(stack)
     _, free = compiled(f, *problem)

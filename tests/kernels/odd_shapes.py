@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler import products
+from neuralforge.compiler.products import candidates
 from neuralforge.kernels import attention, cross_entropy, embedding, matmul, rotary
 from neuralforge.kernels.random import philox, random_bits
 
@@ -112,7 +112,7 @@ def joined(dtype, M, N, K) -> Case:
         return y, y.sum(0)
 
     run = nf.jit(f)
-    with mock.patch.object(products, "chosen", lambda seconds: "own" if "own" in seconds else "aten"):
+    with mock.patch.object(candidates, "chosen", lambda seconds: "own" if "own" in seconds else "aten"):
         run(x, w)
     return lambda: near(run(x, w), f(x, w))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuralforge.compiler import codegen
+from neuralforge.compiler.fusion import codegen
 from neuralforge.kernels import toolchain
 from neuralforge.kernels.native import long, pointer, prelude
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import neuralforge as nf
 from neuralforge import operators
-from neuralforge.compiler.fused import Fused
+from neuralforge.compiler.fusion.fused import Fused
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture
 from neuralforge.operators import adamw

@@ -2,7 +2,7 @@
 
 Queries, keys and values mostly come from one product, which is split, and their gradients are put together again; heads are
 taken apart, and put together. The kernel reads its operands where they are, and its results get the strides of their places
-in what is made of them: a concatenation, where the memory plan then puts them (`plan.py`), or a copy.
+in what is made of them: a concatenation, where the memory plan then puts them (`planning/plan.py`), or a copy.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def native(*operands: torch.Tensor | None) -> bool:
 
 class Prologue(ctypes.Structure):
     """What makes an operand, a matrix that is contiguous or the transpose of one, as it is packed: C code of `prologue_source`
-    (`compiler/codegen.py`), and what it takes; an address `ahead` of which memory of as many numbers of `size` bytes is read."""
+    (`compiler/fusion/codegen.py`), and what it takes; an address `ahead` of which memory of as many numbers of `size` bytes is read."""
 
     _fields_ = [("make", ctypes.c_void_p), ("pointers", ctypes.c_void_p), ("sizes", ctypes.c_void_p), ("ahead", ctypes.c_void_p), ("size", long)]
 

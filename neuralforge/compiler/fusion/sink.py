@@ -7,9 +7,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from ..graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ..pointwise import price, supported
 from .group import LOOKED_THROUGH, Group
-from .pointwise import price, supported
 
 CHEAP = 5
 """The most additions that computing a result again may cost."""

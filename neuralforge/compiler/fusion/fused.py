@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from functools import cached_property
 
-from ..graph.ir import Graph, Value
+from ...graph.ir import Graph, Value
+from ..joined import Joined
 from .group import LOOKED_THROUGH
-from .joined import Joined
 from .layout import Layout
 
 

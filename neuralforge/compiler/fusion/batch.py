@@ -3,7 +3,7 @@ optimizers, found rather than asked for): one call and one parallel region for a
 
 from __future__ import annotations
 
-from ..graph.ir import Equation, Graph, Value
+from ...graph.ir import Equation, Graph, Value
 from .codegen import source
 from .fused import Fused
 

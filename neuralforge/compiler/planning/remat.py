@@ -14,16 +14,16 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from ..errors import MemoryBudgetError
-from ..graph import Graph, verify
-from ..graph.ir import Equation, Value, map_tree, substitute
-from ..graph.operators import has_effect
+from ...errors import MemoryBudgetError
+from ...graph import Graph, verify
+from ...graph.ir import Equation, Value, map_tree, substitute
+from ...graph.operators import has_effect
+from ..fusion.fused import Fused
+from ..kernels import Kernel, fused_kernel
+from ..storage import is_view, root_of
 from .again import results_apart
 from .cost import additions, cost
-from .fused import Fused
-from .kernels import Kernel, fused_kernel
 from .plan import Plan, plan_memory
-from .storage import is_view, root_of
 
 FLOPS, BANDWIDTH = 2e11, 2e10
 """Rough rates that weigh arithmetic against memory traffic."""

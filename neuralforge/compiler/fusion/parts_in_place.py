@@ -1,4 +1,4 @@
-"""Parts of a concatenation that fused groups make, laid out as the whole is: written into their places (`plan.py`), nothing copies
+"""Parts of a concatenation that fused groups make, laid out as the whole is: written into their places (`planning/plan.py`), nothing copies
 them. The gradients of a gate and of what it lets through, say, which one product made side by side.
 """
 
@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import torch
 
-from ..graph.ir import Equation, Graph, Value, substitute
+from ...graph.ir import Equation, Graph, Value, substitute
+from ..passes.dataflow import Dataflow
+from ..passes.rewrites import make
+from ..space import contiguous, cuts_of
+from ..storage import root_of, view_roots
 from .fused import Fused
-from .passes.dataflow import Dataflow
-from .passes.rewrites import make
-from .space import contiguous, cuts_of
-from .storage import root_of, view_roots
 
 aten = torch.ops.aten
 

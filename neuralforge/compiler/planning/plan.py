@@ -19,11 +19,11 @@ from itertools import accumulate
 
 import torch
 
-from ..graph.ir import Equation, Graph, Value, leaves
-from ..graph.operators import operator_traits
-from ..memory import Buffer, assign_offsets
-from .kernels import Kernel
-from .storage import root_of, view_roots
+from ...graph.ir import Equation, Graph, Value, leaves
+from ...graph.operators import operator_traits
+from ...memory import Buffer, assign_offsets
+from ..kernels import Kernel
+from ..storage import root_of, view_roots
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 The product is then computed by our kernel, which calls the group's code for each finished tile. It is in memory as a
 whole only if something else reads it too. That is worth the difference where another kernel is a little faster: what a
-pass over the result takes was timed together with the candidates (`products.py`).
+pass over the result takes was timed together with the candidates (`candidates.py`).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Callable
 
 import torch
 
-from ..graph import verify
-from ..graph.ir import Equation, Graph, Value, leaves, substitute
-from ..kernels import matmul
-from .codegen import as_planned, epilogue_source, sizes_and_strides
-from .fused import Fused
-from .group import LOOKED_THROUGH
-from .joined import Joined
-from .kernels import Kernel
-from .layout import Layout
-from .passes.rewrites import make
-from .products import Products, product_operands
-from .space import contiguous
+from ...graph import verify
+from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...kernels import matmul
+from ..fusion.codegen import as_planned, epilogue_source, sizes_and_strides
+from ..fusion.fused import Fused
+from ..fusion.group import LOOKED_THROUGH
+from ..fusion.layout import Layout
+from ..joined import Joined
+from ..kernels import Kernel
+from ..passes.rewrites import make
+from ..space import contiguous
+from .candidates import Products, product_operands
 
 aten = torch.ops.aten
 

@@ -3,11 +3,11 @@ all that was added up to it, an activation from the product that was kept for it
 
 from __future__ import annotations
 
-from ..graph.ir import Equation, Graph, Value
-from .epilogue import Product
-from .fused import Fused
-from .group import LOOKED_THROUGH
-from .prologue import Prologued
+from ...graph.ir import Equation, Graph, Value
+from ..fusion.fused import Fused
+from ..fusion.group import LOOKED_THROUGH
+from ..products.epilogue import Product
+from ..products.prologue import Prologued
 
 
 def results_apart(eq: Equation) -> list[Equation]:

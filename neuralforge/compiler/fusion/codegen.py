@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from ..graph.ir import Value
-from ..kernels.native import prelude
-from ..kernels.toolchain import compiler, load_many
+from ...graph.ir import Value
+from ...kernels.native import prelude
+from ...kernels.toolchain import compiler, load_many
+from ..pointwise import STORED
 from .fused import Fused
 from .layout import Layout, Loop, Node
-from .pointwise import STORED
 
 BLOCK = 4096
 """Elements that a task takes of the innermost dimension at once."""

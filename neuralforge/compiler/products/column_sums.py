@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import torch
 
-from ..graph import verify
-from ..graph.ir import Equation, Graph, Value
-from ..kernels import matmul
+from ...graph import verify
+from ...graph.ir import Equation, Graph, Value
+from ...kernels import matmul
+from ..joined import Joined
+from ..kernels import Kernel
+from ..passes.dataflow import Dataflow
+from ..passes.rewrites import make
+from ..space import contiguous
+from .candidates import Products
 from .epilogue import views_of
-from .joined import Joined
-from .kernels import Kernel
-from .passes.dataflow import Dataflow
-from .passes.rewrites import make
-from .products import Products
-from .space import contiguous
 
 aten = torch.ops.aten
 

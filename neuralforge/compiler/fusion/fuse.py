@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from ..graph.builder import Builder
-from ..graph.ir import Equation, Graph, Value, leaves, substitute
-from ..graph.operators import has_effect
+from ...graph.builder import Builder
+from ...graph.ir import Equation, Graph, Value, leaves, substitute
+from ...graph.operators import has_effect
+from ..passes.simplify import dead_code
+from ..pointwise import supported
+from ..reductions import role
+from ..space import out_of_order
 from .fused import Fused
 from .group import LOOKED_THROUGH, Group
 from .grower import Grower
-from .passes.simplify import dead_code
-from .pointwise import supported
-from .reductions import role
 from .sink import sink
-from .space import out_of_order
 
 aten = torch.ops.aten
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from ..graph.ir import Equation, Value
-from ..kernels import matmul
-from ..kernels.choices import Choices
-from ..kernels.native import built_ahead
-from ..kernels.toolchain import has_bfloat16, isa
-from ..memory import keep_pages
-from .kernels import Kernel
+from ...graph.ir import Equation, Value
+from ...kernels import matmul
+from ...kernels.choices import Choices
+from ...kernels.native import built_ahead
+from ...kernels.toolchain import has_bfloat16, isa
+from ...memory import keep_pages
+from ..kernels import Kernel
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}

@@ -6,9 +6,9 @@ from copy import copy
 
 import torch
 
-from ..graph.ir import Equation, Value
-from .reductions import Role, role
-from .space import contiguous, cuts_of, place, refine, sizes_of, squash
+from ...graph.ir import Equation, Value
+from ..reductions import Role, role
+from ..space import contiguous, cuts_of, place, refine, sizes_of, squash
 
 aten = torch.ops.aten
 

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 
-from ..graph import verify
-from ..graph.ir import Equation, Graph, Value
-from ..graph.operators import draws
-from ..kernels import matmul
-from .codegen import as_planned, prologue_source, sizes_and_strides
+from ...graph import verify
+from ...graph.ir import Equation, Graph, Value
+from ...graph.operators import draws
+from ...kernels import matmul
+from ..fusion.codegen import as_planned, prologue_source, sizes_and_strides
+from ..fusion.fused import Fused
+from ..fusion.layout import Layout
+from ..joined import Joined
+from ..kernels import Kernel
+from ..passes.dataflow import Dataflow
+from ..passes.rewrites import make
+from ..pointwise import price
+from ..space import contiguous
+from ..storage import is_view, root_of, view_roots
+from .candidates import product_operands
 from .column_sums import ProductAndSums
 from .epilogue import Product
-from .fused import Fused
-from .joined import Joined
-from .kernels import Kernel
-from .layout import Layout
-from .passes.dataflow import Dataflow
-from .passes.rewrites import make
-from .pointwise import price
-from .products import product_operands
-from .space import contiguous
-from .storage import is_view, root_of, view_roots
 
 aten = torch.ops.aten
 

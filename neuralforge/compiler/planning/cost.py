@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from ..graph.ir import Equation, Graph, Value, map_tree
-from .attention import attention_flops
-from .joined import Joined
-from .pointwise import price
-from .storage import is_view
+from ...graph.ir import Equation, Graph, Value, map_tree
+from ..attention import attention_flops
+from ..joined import Joined
+from ..pointwise import price
+from ..storage import is_view
 
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.neuralforge.embedding.default}
 

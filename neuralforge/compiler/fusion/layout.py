@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..graph.ir import Equation, Graph, Value
-from .pointwise import LETTERS, constant, expression, price, supported
-from .reductions import Role, role
-from .space import contiguous, cuts_of, memory_order, place, refine, sizes_of
+from ...graph.ir import Equation, Graph, Value
+from ..pointwise import LETTERS, constant, expression, price, supported
+from ..reductions import Role, role
+from ..space import contiguous, cuts_of, memory_order, place, refine, sizes_of
 
 KEEP = 6
 """Additions worth more than writing an element to a cached buffer and reading it again."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..graph.ir import Equation, Graph, Value
-from ..graph.operators import has_effect
+from ...graph.ir import Equation, Graph, Value
+from ...graph.operators import has_effect
+from ..passes.rewrites import make
+from ..reductions import Role, role
 from .group import LOOKED_THROUGH, MAX_EQUATIONS, MAX_OPERANDS, Group
-from .passes.rewrites import make
-from .reductions import Role, role
 
 aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""Fusion: groups of elementwise operators and reductions, and the C code that runs each at once."""

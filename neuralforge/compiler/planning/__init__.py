@@ -1,0 +1,1 @@
+"""Where values live, what is computed again, and what it costs."""

@@ -1,0 +1,1 @@
+"""Matrix products: which kernel makes each, and what is joined to them."""
