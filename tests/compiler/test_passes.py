@@ -107,6 +107,17 @@ def test_copies_that_resolve_a_lazy_conjugate_stay(f):
     torch.testing.assert_close(nf.jit(f)(c), f(c))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_softmax_of_numbers_for_which_pytorch_has_none(dtype):
+    def by_hand(x):
+        e = x.exp()
+        return e / e.sum(-1, keepdim=True), x + 1 - (x + 1).logsumexp(-1, keepdim=True), e.sum(-1)
+
+    x = (torch.randn(3, 5, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    for found, expected in zip(nf.jit(by_hand)(x), by_hand(x)):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("how", [torch.var, torch.std])
 @pytest.mark.parametrize("dim", [None, 0, 1, -1, (0, 2), (0, 2, 3), (1, 2), (2, 3), (1, 2, 3)])
 @pytest.mark.parametrize("options", [{}, {"correction": 0}, {"correction": 2, "keepdim": True}])

@@ -25,7 +25,7 @@ def softmax_by_hand(flow: Dataflow) -> Iterator[Match]:
         dim = _kept(total)
         if dim is not None and eq.outputs.shape == exponential.outputs.shape:
             x = _shifted(flow, exponential.args[0], dim)
-            yield _row_match(flow, eq, x, dim, aten._softmax.default)
+            yield from _row_match(flow, eq, x, dim, aten._softmax.default)
 
 
 def log_softmax_by_hand(flow: Dataflow) -> Iterator[Match]:
@@ -34,18 +34,18 @@ def log_softmax_by_hand(flow: Dataflow) -> Iterator[Match]:
         if eq.op is aten.log.default:
             inner = flow.producer(eq.args[0], aten._softmax.default)
             if inner is not None and not inner.args[2]:
-                yield _row_match(flow, eq, inner.args[0], inner.args[1], aten._log_softmax.default)
+                yield from _row_match(flow, eq, inner.args[0], inner.args[1], aten._log_softmax.default)
         if eq.op is not aten.sub.Tensor or eq.kwargs or not isinstance(eq.args[1], Value):
             continue
         x = flow.same(eq.args[0])
         total = flow.producer(eq.args[1], aten.logsumexp.default)
         if total is not None and (dim := _kept(total)) is not None and flow.same(total.args[0]) is x:
-            yield _row_match(flow, eq, x, dim, aten._log_softmax.default)
+            yield from _row_match(flow, eq, x, dim, aten._log_softmax.default)
         log = flow.producer(eq.args[1], aten.log.default)
         total = log and flow.producer(log.args[0], aten.sum.dim_IntList)
         exponential = total and flow.producer(total.args[0], aten.exp.default)
         if exponential and (dim := _kept(total)) is not None and flow.same(exponential.args[0]) is x:
-            yield _row_match(flow, eq, _shifted(flow, x, dim), dim, aten._log_softmax.default)
+            yield from _row_match(flow, eq, _shifted(flow, x, dim), dim, aten._log_softmax.default)
 
 
 def _kept(reduction: Equation) -> int | None:
@@ -66,7 +66,9 @@ def _shifted(flow: Dataflow, x: Value, dim: int) -> Value:
     return top.args[0] if [d % x.fake.dim() for d in dims] == [dim] else x
 
 
-def _row_match(flow: Dataflow, eq: Equation, x: Value, dim: int, op: torch._ops.OpOverload) -> Match:
-    dim %= x.fake.dim()
-    replacement = lambda env: [op(env[x], dim, False)]
-    return Match(flow.between([eq.outputs], {x}), [eq.outputs], replacement, f"along dimension {dim}", (op, dim))
+def _row_match(flow: Dataflow, eq: Equation, x: Value, dim: int, op: torch._ops.OpOverload) -> Iterator[Match]:
+    """Of floating-point numbers: PyTorch has no softmax of integers or complex numbers, which have exponentials all the same."""
+    if x.dtype.is_floating_point:
+        dim %= x.fake.dim()
+        replacement = lambda env: [op(env[x], dim, False)]
+        yield Match(flow.between([eq.outputs], {x}), [eq.outputs], replacement, f"along dimension {dim}", (op, dim))
