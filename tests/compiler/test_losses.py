@@ -175,6 +175,19 @@ def test_indices_from_the_end(f):
     torch.testing.assert_close(nf.jit(f)(x, t), f(x, t), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("summed", [lambda p: p.sum(0), lambda p: p.sum(1, dtype=torch.float64)], ids=["rows", "wider"])
+def test_other_sums_beside_a_loss(summed):
+    """Of as many rows as classes, the one over rows has the shape of that over classes, which label smoothing has."""
+    x, t = operands(V, V)
+
+    def f(x, t):
+        p = x.log_softmax(1)
+        return F.nll_loss(p, t), (summed(p) * torch.arange(V)).sum()
+
+    for g in (f, nf.value_and_grad(lambda x, t: sum(f(x, t)))):
+        torch.testing.assert_close(nf.jit(g)(x, t), g(x, t), rtol=1e-5, atol=1e-5)
+
+
 LEFT_ALONE = {
     "weights of classes": lambda x, t: F.cross_entropy(x, t, weight=torch.arange(float(V))),
     "float64": lambda x, t: F.cross_entropy(x.double(), t),

@@ -33,7 +33,7 @@ def negative_log_likelihood(flow: Dataflow) -> Iterator[Match]:
         rows = _Rows.of(flow, softmax.args[0], softmax, view, 1)
         if rows is None:
             continue
-        sums = [user.outputs for user in flow.users[softmax.outputs] if user.op is aten.sum.dim_IntList]
+        sums = [user.outputs for user in flow.users[softmax.outputs] if _sums_classes(user, softmax)]
         sums = [v for v in sums if tuple(v.shape) == rows.shape][:1]
         if sums and rows.dims != natural(rows.root.shape):
             continue
@@ -52,6 +52,13 @@ def negative_log_likelihood(flow: Dataflow) -> Iterator[Match]:
         equations = flow.between(outputs, {rows.root, target})
         key = ("nll", reduction, ignore, rows.key, bool(sums))
         yield Match(equations, outputs, replacement, reason, key, len(outputs) - 1)
+
+
+def _sums_classes(eq: Equation, softmax: Equation) -> bool:
+    if eq.op is not aten.sum.dim_IntList or eq.kwargs:
+        return False
+    ndim = softmax.outputs.fake.dim()
+    return [d % ndim for d in eq.args[1]] == [softmax.args[1] % ndim]
 
 
 def _log_softmax(flow: Dataflow, v: Value, dim: int) -> tuple[Equation | None, Dims]:
