@@ -188,12 +188,20 @@ def test_other_sums_beside_a_loss(summed):
         torch.testing.assert_close(nf.jit(g)(x, t), g(x, t), rtol=1e-5, atol=1e-5)
 
 
+def in_a_square(x, t, less):
+    x, t = x[:9].view(3, 3, V), t[:9].view(3, 3, 1)
+    return less(x.logsumexp(-1), x.gather(-1, t).squeeze(-1)).square().sum()
+
+
 LEFT_ALONE = {
     "weights of classes": lambda x, t: F.cross_entropy(x, t, weight=torch.arange(float(V))),
     "float64": lambda x, t: F.cross_entropy(x.double(), t),
     "probabilities are read": lambda x, t: (p := x.log_softmax(1), F.nll_loss(p, t) + p.exp().sum())[1],
     "probabilities as targets": lambda x, t: F.cross_entropy(x, F.one_hot(t, V).float() * 0.9 + 0.1 / V),
     "other logits": lambda x, t: (x.logsumexp(-1) - (2 * x).gather(-1, t[:, None]).squeeze(-1)).mean(),
+    "all picked together": lambda x, t: (x.logsumexp(-1) - (x * (t[:, None] == torch.arange(V))).sum()).square().sum(),
+    "rows transposed": lambda x, t: in_a_square(x, t, lambda lse, picked: lse.t() - picked),
+    "picks transposed": lambda x, t: in_a_square(x, t, lambda lse, picked: lse - picked.t()),
     "other dimension": lambda x, t: -x.log_softmax(0)[torch.arange(N), t].mean(),
     "rows out of order": lambda x, t: -x.log_softmax(1)[torch.arange(N).flip(0), t].mean(),
 }

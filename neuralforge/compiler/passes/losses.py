@@ -11,7 +11,7 @@ from ...graph.ir import Equation, Value
 from ...kernels import cross_entropy as kernel
 from .dataflow import Dataflow
 from .patterns import Match
-from .views import Dims, arrange, compose, inverse, natural, regroup, size
+from .views import Dims, arrange, compose, inverse, natural, regroup, reshaped, size
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = range(3)
@@ -94,13 +94,12 @@ def picked_logits(flow: Dataflow) -> Iterator[Match]:
     for eq in flow.graph.equations:
         if eq.op is not aten.sub.Tensor or eq.kwargs or not all(isinstance(x, Value) for x in eq.args):
             continue
-        total = flow.producer(flow.trace(eq.args[0])[0], aten.logsumexp.default)
-        found = flow.producers.get(flow.trace(eq.args[1])[0])
-        pick = _picked(flow, found) if total is not None and found is not None else None
+        total, found = (flow.producers.get(_in_order(flow, v, eq.outputs)) for v in eq.args)
+        pick = _picked(flow, found) if total is not None and total.op is aten.logsumexp.default and found is not None else None
         if pick is None or flow.same(pick.source) is not flow.same(total.args[0]):
             continue
         x = total.args[0]
-        if not x.shape or [d % x.fake.dim() for d in total.args[1]] != [pick.dim] or eq.outputs.fake.numel() != total.outputs.fake.numel():
+        if not x.shape or [d % x.fake.dim() for d in total.args[1]] != [pick.dim]:
             continue
         rows = _Rows.of(flow, x, None, natural(x.shape), pick.dim)
         if rows is None:
@@ -115,6 +114,12 @@ def picked_logits(flow: Dataflow) -> Iterator[Match]:
 
         equations = flow.between(outputs, {rows.root, pick.target})
         yield Match(equations, outputs, replacement, f"{rows.reason}, {pick.how}", ("logits", pick.key, rows.key))
+
+
+def _in_order(flow: Dataflow, v: Value, like: Value) -> Value | None:
+    """What `v`, with as many numbers as `like`, shows all of, in its order: a transpose would pair other rows."""
+    root, view = flow.trace(v)
+    return root if v.fake.numel() == like.fake.numel() and reshaped(view, root.shape, v.shape) else None
 
 
 @dataclass
