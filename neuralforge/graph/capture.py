@@ -103,6 +103,8 @@ class Capture(Tracer):
             return from_operand(lambda func, args: self._record(func, args, {}), func, args, kwargs)
         if func is aten._efficientzerotensor.default:  # torch.func's zeros without memory, of which kernels know nothing
             func = aten.zeros.default
+        if func is aten._neg_view.default:  # a kernel would read the numbers in memory, as they are
+            func = aten.neg.default
         if func is aten._to_copy.default and not isinstance(args[0], torch.Tensor):  # numbers come as such, not as tensors of one
             func, args, kwargs = aten.full.default, ([], args[0]), {k: v for k, v in kwargs.items() if k in ("dtype", "device")}
         return self._record(func, args, kwargs)

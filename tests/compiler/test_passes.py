@@ -107,6 +107,16 @@ def test_copies_that_resolve_a_lazy_conjugate_stay(f):
     torch.testing.assert_close(nf.jit(f)(c), f(c))
 
 
+def test_views_still_to_be_negated_are_what_kernels_read():
+    def f(c, w):
+        y = c.conj().imag
+        return y.clone() * 2 + 1, torch._neg_view(c.real * 3) * 2, (y @ w).exp()
+
+    c, w = torch.randn(8, 8, dtype=torch.complex64), torch.randn(8, 8)
+    for found, expected in zip(nf.jit(f)(c, w), f(c, w)):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_softmax_of_numbers_for_which_pytorch_has_none(dtype):
     def by_hand(x):
