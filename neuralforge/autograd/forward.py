@@ -9,7 +9,7 @@ import torch
 
 from ..graph import gradient_mode, source
 from ..graph.ir import op_name
-from ..graph.tracer import Tracer
+from ..graph.tracer import Tracer, lazy_conjugates
 from .rules.table import find_definition, find_rule
 from .tape import descend, differentiable, missing_rule
 
@@ -22,7 +22,7 @@ class Forward(Tracer):
     def watch(self, x: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
         """An alias of `x` to compute with, moving along `tangent` (same shape and dtype)."""
         alias = torch.ops.aten.alias.default(x)
-        alias.__dict__[self.key] = tangent
+        alias.__dict__[self.key] = _resolved(tangent)
         return alias
 
     def tangent(self, x: Any) -> Any:
@@ -80,4 +80,13 @@ def _fit(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         t = t.expand(like.shape)
     if t.dtype != like.dtype:
         t = torch.real(t).to(like.dtype) if t.is_complex() and not like.is_complex() else t.to(like.dtype)
-    return t
+    return _resolved(t)
+
+
+def _resolved(t: torch.Tensor) -> torch.Tensor:
+    """`t` without a conjugation or negation still to be done: the dispatcher does those of an operator's operands before it is recorded,
+    and what views read of the operands' memory they read of the tangents'."""
+    if not t.is_conj() and not t.is_neg():
+        return t
+    with lazy_conjugates():
+        return t.resolve_conj().resolve_neg()

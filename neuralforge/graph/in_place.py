@@ -157,6 +157,8 @@ def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor
         return torch.view_as_real(value)
     if packet is aten._conj:
         return value.conj()
+    if packet is aten._neg_view:
+        return value.neg()
     raise CaptureError(
         f"{user_line()}: an in-place write through a view made by {func} can't be expressed as a pure operator. "
         f"Write to the tensor itself, or build a new tensor."

@@ -99,7 +99,7 @@ class Tracer(TorchDispatchMode):
         traits, caller = operator_traits(func), sys._getframe(1)
         here = id(caller), caller.f_lasti
         if traits.makes_complex or _any_complex(args):
-            with _lazy_conjugates():
+            with lazy_conjugates():
                 out = self._dispatch(func, traits, args, kwargs or {})
         else:
             out = self._dispatch(func, traits, args, kwargs or {})
@@ -292,7 +292,7 @@ def _any_complex(args: Any) -> bool:
     return False
 
 
-def _lazy_conjugates() -> Any:
+def lazy_conjugates() -> Any:
     """Let the dispatcher resolve lazily conjugated tensors. It doesn't inside a dispatch mode's handler, so that what
     is called there (linalg.pinv of a complex matrix, say) would silently compute with unconjugated numbers."""
     key = torch._C.DispatchKey

@@ -187,6 +187,40 @@ def test_complex_follows_torch():
     assert torch.allclose(nf.grad(f)(x), leaf.grad)
 
 
+@pytest.mark.parametrize("wrapped", [lambda f: f, nf.jit], ids=["eager", "jitted"])
+@pytest.mark.parametrize("f", [
+    lambda z: z.real * z.imag, lambda z: z.conj().imag.sin(), lambda z: (z.conj() * z.sin()).abs(), lambda z: torch.view_as_real(z * z),
+])  # fmt: skip
+def test_numbers_still_to_be_conjugated_or_negated(f, wrapped):
+    generator = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(4, dtype=torch.complex128, generator=generator) for _ in range(2))
+    plain = lambda x: x.resolve_conj().resolve_neg()
+    pulled = lambda z: nf.vjp(f, z)[1](torch._neg_view(f(z)))[0]
+    for x, y in ((z.conj(), t.conj()), (z, t.conj()), (z.conj(), t)):
+        expected = torch.func.jvp(f, (plain(x),), (plain(y),))[1]
+        torch.testing.assert_close(wrapped(lambda x, y: nf.jvp(f, (x,), (y,))[1])(x, y), expected)
+        expected = torch.func.vjp(f, plain(x))[1](-f(plain(x)))[0]
+        torch.testing.assert_close(plain(wrapped(pulled)(x)), plain(expected))
+    x, y = z.real.contiguous(), z.conj().imag
+    assert y.is_neg()
+    for g in (torch.sin, lambda x: (x.cumsum(0) * x).sum()):
+        expected = torch.func.jvp(g, (x,), (plain(y),))[1]
+        torch.testing.assert_close(wrapped(lambda x, y: nf.jvp(g, (x,), (y,))[1])(x, y), expected)
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, nf.jit], ids=["eager", "jitted"])
+def test_writes_through_views_still_to_be_negated(wrapped):
+    def f(z):
+        z = z * 1
+        view = z.conj().imag
+        view[1:].mul_(view[:-1] + 2)
+        return torch.view_as_real(z).sin().sum() + (torch._neg_view(z.real) * 2).square().sum()
+
+    z = torch.randn(4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    value, gradient = wrapped(nf.value_and_grad(f))(z)
+    torch.testing.assert_close((value, gradient), (f(z), torch.autograd.grad(f(x := z.clone().requires_grad_()), x)[0]))
+
+
 def test_memory_is_freed_as_backward_goes():
     """After the pass, nothing of the tape is left but the results."""
     import gc

@@ -48,7 +48,7 @@ def lerp(y, a, b, weight):
     return diagonal(lambda: 1 - weight), diagonal(lambda: weight), diagonal(lambda: b - a)
 
 
-@rule("neg")
+@rule("neg", "_neg_view")
 def neg(y, x):
     return linear(lambda g: -g)
 
