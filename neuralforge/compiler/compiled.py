@@ -77,7 +77,7 @@ class Compiled:
         if any(map(torch.Tensor.is_neg, tensors)) or self._complex and any(map(torch.Tensor.is_conj, tensors)):
             # Kernels read memory, where such a view isn't negated or conjugated yet.
             pending = [t.is_neg() or t.is_conj() for t in tensors]
-            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) if p else t for t, p in zip(tensors, pending)]
+            given = [_copied(t) if p else t for t, p in zip(tensors, pending)]
         if self.writes or self.closed:
             check_apart(tensors, self.writes, self.closed)
         if self.donated:
@@ -86,7 +86,7 @@ class Compiled:
                 if _overlapping(tensors, self.donated):
                     given = list(given)
                     for i in self.donated:
-                        given[i] = given[i].clone(memory_format=torch.preserve_format)
+                        given[i] = _copied(given[i])
                 else:
                     self._apart = at
         flat = self.program(*given)
@@ -124,6 +124,12 @@ def _rebuilding(tree: TreeSpec) -> Callable[[Iterator[Any]], Any]:
     return lambda leaves: tree.unflatten(list(islice(leaves, tree.num_leaves)))
 
 
+def _copied(t: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, also where elements share memory."""
+    memory = t.as_strided((_extent(t),), (1,)).clone()
+    return memory.as_strided(t.shape, t.stride(), 0)
+
+
 def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
     """Does a donated tensor share its memory with another argument?"""
     seen = [t.untyped_storage().data_ptr() for t in tensors]
@@ -136,7 +142,7 @@ def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
 def check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[torch.Tensor]) -> None:
     """Raises CaptureError if one of the arguments that are written, or of the tensors that the function closes over and writes to, shares
     its memory with an argument, which would then see the write at once in eager code, and not in a graph."""
-    ends = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in (*tensors, *closed)]
+    ends = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in (*tensors, *closed)]
     for i in (*writes, *range(len(tensors), len(ends))):
         for j, (begin, end) in enumerate(ends):
             if i != j and begin < ends[i][1] and ends[i][0] < end:
@@ -149,5 +155,5 @@ def check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[tor
 
 
 def _extent(t: torch.Tensor) -> int:
-    """Bytes from the first element to the last."""
-    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size() if t.numel() else 0
+    """Elements from the first to the last."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0

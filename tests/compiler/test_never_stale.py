@@ -124,6 +124,18 @@ def test_views_that_are_still_to_be_negated():
     assert torch.allclose(f(x.clone()), x.exp() * 2 + x)
 
 
+@pytest.mark.parametrize("lay_out", [lambda x: x.expand(4, 20), lambda x: x.as_strided((6, 6), (2, 1), 3)], ids=["expanded", "overlapping"])
+def test_arguments_that_are_copied_first_and_whose_elements_share_memory(lay_out):
+    f = lambda x, y: (x * 2, x.exp() + y, y.sum(-1))
+    memory = torch.randn(20, dtype=torch.complex64)
+    to_be_negated = lay_out(memory.conj().imag)
+    assert to_be_negated.is_neg()
+    for x, donate in ((to_be_negated, ()), (lay_out(memory.conj()), ()), (lay_out(memory.real.clone()), 0)):
+        y = x.flip(0) if donate == () else lay_out(x.as_strided((20,), (1,), 0))  # a donated one that is read elsewhere too
+        for found, expected in zip(nf.jit(f, donate=donate)(x, y), f(x, y)):
+            torch.testing.assert_close(found, expected)
+
+
 def test_arguments_that_share_memory_with_a_written_one_are_refused():
     @nf.jit
     def f(a, b):
