@@ -47,6 +47,7 @@ class Tracer(TorchDispatchMode):
     """Calls `record(func, args, kwargs)` for each pure operator. Usable once, as a context manager."""
 
     def __init__(self) -> None:
+        self._written: dict[int, weakref.ref] = {}
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise CaptureError(
                 f"{user_line()}: a transform of neuralforge inside one of torch.func, which hides its tensors from it. Use "
@@ -57,12 +58,17 @@ class Tracer(TorchDispatchMode):
         self._made = self.key + "made"  # attribute: None on tensors made inside, a Link on views
         self._now = self.key + "now"  # attribute: the tensor that a written tensor means
         self._by_parts = self.key + "parts"  # attribute: that tensor, if writes went through its `unsafe` parts only
-        self._written: dict[int, weakref.ref] = {}
         self.descents: list[Any] = []  # operators whose definitions are being followed just now
         self._paused: dict[int, torch.Tensor] | None = None
         self._last: tuple[int, ...] = ()
         """The tensor that was made last, if it is new and no view, and by which instruction. If that detaches it too, as torch.zeros and the like do within where
         somebody holds what they made, the result is what they made, and no view: nobody else knows the other."""
+
+    def __del__(self) -> None:
+        """Tensors from outside mean themselves again. (What they meant would be copied and pickled with them.)"""
+        for x in self.live_writes():
+            x.__dict__.pop(self._now, None)
+            x.__dict__.pop(self._by_parts, None)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

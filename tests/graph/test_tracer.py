@@ -1,5 +1,8 @@
 """What the tracer does to keep programs pure and numbers right."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -273,3 +276,20 @@ def test_what_the_written_tensor_cannot_hold(dtype, number):
         f(torch.zeros(3, dtype=dtype))
     with pytest.raises(CaptureError, match=rf"test_tracer.py:\d+: aten.add_.* into a tensor of {dtype}, which can't hold it"):
         nf.jit(f)(torch.zeros(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("transform", [
+    nf.jit, nf.grad, lambda f: nf.jit(nf.grad(f)), lambda f: nf.grad(nf.checkpoint(f)), lambda f: lambda x: nf.jvp(f, (x,), (x,)),
+    lambda f: lambda x: nf.explain(f, x), lambda f: nf.jit(nf.grad(lambda x: f(x) + float(f(x)))),
+], ids=["jit", "grad", "jitted grad", "checkpoint", "jvp", "explain", "an error"])  # fmt: skip
+def test_modules_with_buffers_can_be_copied_and_pickled_after_they_were_written(transform):
+    """The running statistics of batch norms mean something else while a tracer follows the writes, and no longer."""
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+    x = torch.randn(5, 8)
+    try:
+        transform(lambda x: module(x).square().sum())(x)
+    except CaptureError:
+        pass
+    assert not any(t.__dict__ for t in (*module.parameters(), *module.buffers()))
+    for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        torch.testing.assert_close(twin(x), module(x))
