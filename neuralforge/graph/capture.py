@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from .source import line_of, origin, user_line
 from .switched_off import SwitchedOff
 from .tracer import Tracer
 from .tree import TreeSpec, tree_flatten, tree_unflatten
+from .without_data import WithoutData, own_batch_norm
 
 aten = torch.ops.aten
 
@@ -252,7 +253,10 @@ def capture(f: Callable, *args: Any, whole: bool = False, writes: bool = False) 
 
 
 def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captured:
-    with _disable_current_modes(), gradient_mode.differentiating(), _validation, _uncached_casts(), mode.fake_mode, mode:
+    settings = _disable_current_modes(), gradient_mode.differentiating(), _validation, _uncached_casts(), own_batch_norm, WithoutData()
+    with ExitStack() as stack:
+        for setting in (*settings, mode.fake_mode, mode):
+            stack.enter_context(setting)
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
             result = f(*tree_unflatten(fakes, tree))

@@ -122,8 +122,6 @@ class FakeMode(FakeTensorMode):
             return self._layer_norm(*args)
         if func is aten._grouped_mm.default:
             return self._grouped_mm(*args, **kwargs)
-        if func is aten._ctc_loss.default:
-            return self._ctc_loss(*args[:4])
         if fake_impls._is_tensor_constructor(func):
             return fake_impls.constructors(self, func, *args, **kwargs)
         devices: set[torch.device] = set()
@@ -154,11 +152,6 @@ class FakeMode(FakeTensorMode):
         lead = [offs.shape[0]] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() else []
         shape = [*lead, a.shape[-2], b.shape[-1]]
         return self._make(None, shape, _row_major(shape), 0, out_dtype or a.dtype, a.fake_device)
-
-    def _ctc_loss(self, log_probs: torch.Tensor, targets: torch.Tensor, input_lengths: list[int], target_lengths: list[int]) -> tuple:
-        """PyTorch's fake one has it that the lengths are data; here they are numbers."""
-        batch, alphas = len(input_lengths), [len(input_lengths), log_probs.shape[0], 2 * max(target_lengths, default=0) + 1]
-        return tuple(self._make(None, s, _row_major(s), 0, log_probs.dtype, log_probs.fake_device) for s in ([batch], alphas))
 
     def _type(self, x: Any) -> tuple:
         """Of an argument, all that the results' shapes, strides and dtypes can depend on."""

@@ -133,6 +133,8 @@ def scatter(link: Link, base: torch.Tensor, value: torch.Tensor) -> torch.Tensor
         return aten.slice_scatter(base, value, *args, **kwargs)
     if packet is aten.select:
         return aten.select_scatter(base, value, *args)
+    if packet is aten.index:
+        return aten.index_put(base, *args, value)
     if packet is aten.diagonal:
         return aten.diagonal_scatter(base, value, *args, **kwargs)
     if packet is aten.as_strided:

@@ -60,10 +60,6 @@ _FIXED_SHAPE = {
     aten._pack_padded_sequence: (
         "Run the layer on the padded sequences, mask what is padded, and take the last outputs by y[torch.arange(len(y)), lengths - 1]"
     ),
-    aten._ctc_loss: (
-        "Pass input_lengths and target_lengths as tuples of numbers, with reduction='sum' or 'none' (other lengths are captured anew), or "
-        "make an operator of the loss and its derivative with nf.opaque and nf.custom_vjp"
-    ),
 }
 """What to do in place of operators of which the result's shape depends on the data."""
 
@@ -76,7 +72,7 @@ def data_dependent(func: Any) -> str:
             "which isn't known while a graph is captured"
         )
         mend = (
-            "Use torch.where (or arithmetic) to choose between results, x[i.reshape(1)] where the tensor i of one number is an index, "
+            "Use torch.where (or arithmetic) to choose between results, x[i + torch.arange(n)] for x[i : i + n], "
             "or move the decision outside the function"
         )
     elif not any("Tensor" in str(r.type) for r in func._schema.returns):

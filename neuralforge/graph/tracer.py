@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Tracer(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        traits, caller = operator_traits(func), sys._getframe(1)
+        traits, caller = operator_traits(func), _caller(sys._getframe(1))
         here = id(caller), caller.f_lasti
         if traits.makes_complex or _any_complex(args):
             with lazy_conjugates():
@@ -143,6 +144,10 @@ class Tracer(TorchDispatchMode):
                     link = Link(args[0], func, args[1:], kwargs, i) if traits.is_view else None
                     item.__dict__[self._made] = link
         return out
+
+    def note_view(self, x: torch.Tensor, link: Link) -> None:
+        """Writes to `x`, which was made as `link` says, are writes to its base."""
+        x.__dict__[self._made] = link
 
     def now(self, x: Any) -> Any:
         """The tensor that `x` means after the writes so far; anything that isn't a tensor unchanged."""
@@ -215,7 +220,7 @@ class Tracer(TorchDispatchMode):
         x, name = args[0], func._schema.name.split("::")[1]
         if name == "as_strided_" and _same_places_in_memory(x, *args[1:], **kwargs):
             return x
-        from_python = x._use_count() < 4 or name in sys._getframe(2).f_back.f_code.co_names
+        from_python = x._use_count() < 4 or name in _caller(sys._getframe(3)).f_code.co_names
         if name not in VIEWS_IN_PLACE or self._made not in x.__dict__ or from_python:
             raise CaptureError(
                 f"{user_line()}: {name} changes a tensor's shape in place, which a graph of pure operators can't "
@@ -280,6 +285,13 @@ class Tracer(TorchDispatchMode):
 
     def check_external_write(self, x: torch.Tensor) -> None:
         """Called at the first write to a tensor that wasn't made inside. Subclasses may refuse."""
+
+
+def _caller(frame: FrameType) -> FrameType:
+    """The frame of the program that called an operator, maybe through modes that stand between (`without_data.py`, a default device)."""
+    while frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame
 
 
 def _same_places_in_memory(x: torch.Tensor, size: list[int], stride: list[int], storage_offset: int | None = None) -> bool:

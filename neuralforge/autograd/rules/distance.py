@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.ctc import ctc_loss_backward
 from .reduction import norm_slope
 from .table import Derivative, aten, definition, rule
 
@@ -63,3 +64,9 @@ def ctc_loss(out, log_probs, targets, input_lengths, target_lengths, blank=0, ze
     )
     pull = lambda gs: None if gs[0] is None else slope(gs[0])
     return Derivative(pull, lambda t: ((slope(torch.ones_like(out[0])) * t).sum((0, 2)), None))
+
+
+@rule("neuralforge::ctc_loss")
+def ctc_loss_of_any_lengths(losses, log_probs, *options):
+    slope = lambda g: ctc_loss_backward(g, log_probs, *options)
+    return Derivative(slope, lambda t: (slope(torch.ones_like(losses)) * t).sum((0, 2)))
