@@ -25,7 +25,7 @@ from .by_storage import from_operand
 from .fake import FakeMode, storage_of
 from .ir import Equation, Graph, Value, leaves, map_tree, substitute
 from .literals import Literals
-from .operators import BY_STORAGE, Traits, is_random
+from .operators import BY_STORAGE, Traits, is_random, is_unique
 from .refused import TOLD_OTHERWISE, check_dense, data_dependent
 from .source import line_of, origin, user_line
 from .switched_off import SwitchedOff
@@ -34,9 +34,6 @@ from .tree import TreeSpec, tree_flatten, tree_unflatten
 from .without_data import WithoutData, own_batch_norm
 
 aten = torch.ops.aten
-
-_ASK = {aten._local_scalar_dense.default, aten.equal.default}
-"""Operators that give a number of Python's."""
 
 
 @dataclass(eq=False)
@@ -120,19 +117,38 @@ class Capture(Tracer):
         try:
             out = func(*fakes[0], **fakes[1])
         except (DataDependentOutputException, DynamicOutputShapeException) as e:
-            if func in _ASK and (given := self._literals(arg_values)) is not None:
-                with _disable_current_modes():
-                    return func(*given)
-            raise CaptureError(data_dependent(func)) from e
+            if (out := self._known(func, arg_values, kwarg_values)) is None:
+                raise CaptureError(data_dependent(func)) from e
+            return out
         outputs = map_tree(self._bind, out)
         self.graph.equations.append(Equation(func, arg_values, kwarg_values, outputs, user_line(), origin()))
         return out
 
-    def _literals(self, args: tuple) -> list[Any] | None:
-        """The arguments' tensors, computed, if they depend on nothing but literals."""
-        literals = Literals(self.graph)
-        known = {v: literals(v) for v in leaves(args)}
-        return None if any(x is None for x in known.values()) else substitute(args, known)
+    def _known(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """The result of an operator that asks for data, where literals alone tell them (triangles of `torch.ones(n, n)`, all but the
+        diagonal); else None."""
+        if func is aten.masked_select.default:
+            shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+            x, mask = (self._record(aten.expand.default, (v.fake, shape), {}) for v in args)
+            func, args = aten.index.Tensor, (self.value(x), [self.value(mask)])
+        literals, indexed = Literals(self.graph), func is aten.index.Tensor
+        asked = [v for v in args[1] if v is not None and v.dtype in (torch.bool, torch.uint8)] if indexed else leaves((args, kwargs))
+        known = {v: literals(v) for v in asked}
+        if is_unique(func) or any(x is None for x in known.values()):
+            return None
+        with _disable_current_modes():
+            if indexed:
+                places = {v: mask.nonzero().unbind(1) for v, mask in known.items()}
+            else:
+                out = func(*substitute(args, known), **substitute(kwargs, known))
+        if not indexed:
+            return map_tree(self._literal, out)
+        indices = [x for v in args[1] for x in (map(self._literal, places[v]) if v in places else [v and v.fake])]
+        return self._record(func, (args[0].fake, indices), {})
+
+    def _literal(self, x: Any) -> Any:
+        """A tensor of known numbers, brought in as `torch.tensor` does; other things unchanged."""
+        return self._record(aten.lift_fresh.default, (x,), {}) if isinstance(x, torch.Tensor) else x
 
     @contextmanager
     def constant(self) -> Iterator[None]:

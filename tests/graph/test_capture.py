@@ -271,6 +271,33 @@ def test_values_that_depend_on_literals_alone_are_known():
     torch.testing.assert_close(nf.jit(nf.grad(lambda x: f(x).sum()))(x), torch.full((3,), 6.0))
 
 
+def off_diagonal(x):
+    scores, others = x @ x.t(), ~torch.eye(len(x), dtype=torch.bool)
+    return scores[others].view(len(x), -1).logsumexp(1).mean() + torch.masked_select(scores, others).sin().sum()
+
+
+def triangles(x):
+    rows, columns = torch.where(torch.ones(4, 3).tril() > 0)
+    part = x[torch.tensor([True, False, True, True]), 1]
+    return (x[rows, columns] * part.sum()).cumsum(0).sin().sum() + torch.combinations(x[0]).prod(1).sum()
+
+
+def written(x):
+    scores, others = x @ x.t(), ~torch.eye(len(x), dtype=torch.bool)
+    scores[others] = scores[others] * torch.arange(len(x) * (len(x) - 1))
+    return (scores.sin() * torch.arange(4).repeat_interleave(torch.tensor([0, 1, 2, 1]))).sum()
+
+
+@pytest.mark.parametrize("f", [off_diagonal, triangles, written])
+def test_shapes_that_depend_on_literals_alone_are_known(f):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    value = f(x)
+    value.backward()
+    torch.testing.assert_close(nf.jit(nf.value_and_grad(f))(x.detach()), (value.detach(), x.grad))
+    hvp = lambda x: nf.hvp(f, (x,), (x,))
+    torch.testing.assert_close(nf.jit(hvp)(x.detach()), hvp(x.detach()))
+
+
 @pytest.mark.parametrize("ask", [lambda x, w: x.sum(), lambda x, w: torch.rand(3).sum(), lambda x, w: w.sum()])
 def test_other_values_are_asked_for_in_vain(ask):
     w = torch.ones(2)
