@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
+import torch.distributed.nn.functional as distributed_nn
 
 import neuralforge as nf
-from neuralforge.errors import CaptureError
+from neuralforge.errors import CaptureError, DifferentiationError
 
 RANKS = 2
 
@@ -93,7 +94,55 @@ def waited_for_late(rank):
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-CASES = [in_place, unused, equal_on_one_rank, of_a_constant, waited_for_late]
+def parts(rank, world):
+    """A function of each of the collectives; of that which torch.autograd doesn't differentiate, another one for it too."""
+    split = [1, 3] if rank == 0 else [2, 2]
+    received = [1, 2] if rank == 0 else [3, 2]
+
+    def coalesced(x):
+        a, b = fc.all_reduce_coalesced([x, x.sin()], "sum", world)
+        (c,) = fc.all_gather_into_tensor_coalesced([a * x], world)
+        (d,) = fc.reduce_scatter_tensor_coalesced([c * c], "sum", [0], world)
+        return d + fc.all_gather_into_tensor_coalesced([x, b.cos()], world)[0][: len(x)]
+
+    return {
+        "all_reduce": lambda x: fc.all_reduce(x * x, "sum", world),
+        "all_gather": lambda x: fc.all_gather_tensor(x.sin(), 0, world),
+        "all_gather along columns": lambda x: fc.all_gather_tensor(x.sin(), 1, world),
+        "reduce_scatter": lambda x: fc.reduce_scatter_tensor(x * x, "sum", 0, world),
+        "reduce_scatter along columns": lambda x: fc.reduce_scatter_tensor(x * x, "sum", 1, world),
+        "all_to_all": lambda x: fc.all_to_all_single(x * x, received, split, world),
+        "coalesced": coalesced,
+        "twice": lambda x: fc.all_gather_tensor(x * fc.all_reduce(x.mean(1, keepdim=True), "sum", world), 0, world),
+        "broadcast": (lambda x: fc.broadcast(x * x, 1, world), lambda x: distributed_nn.broadcast((x * x).contiguous(), 1)),
+    }
+
+
+def derivatives(rank):
+    for name, f in parts(rank, dist.group.WORLD).items():
+        f, truth = f if isinstance(f, tuple) else (f, f)
+        x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        loss = lambda x, f=f: (f(x).sin() * (rank + 1)).sum()
+        expected = loss(x, truth)
+        expected.backward()
+        for value_and_grad in (nf.value_and_grad(loss), jitted := nf.jit(nf.value_and_grad(loss))):
+            for _ in range(2):
+                torch.testing.assert_close(value_and_grad(x.detach()), (expected.detach(), x.grad), msg=name)
+        assert "c10d_functional" in str(jitted.programs[0].graph)
+        again = x.detach().clone().requires_grad_()
+        nf.jit(loss)(again).backward()  # by torch.autograd
+        torch.testing.assert_close(again.grad, x.grad, msg=name)
+        v = torch.ones_like(again)
+        pushed = nf.jit(lambda x, loss=loss: nf.jvp(lambda x: fc.all_reduce(loss(x), "sum", dist.group.WORLD), (x,), (v,))[1])
+        slope = fc.all_reduce((x.grad * v).sum(), "sum", dist.group.WORLD)
+        torch.testing.assert_close(pushed(x.detach()), slope.wait(), msg=name)
+        seconds = lambda x, loss=loss: nf.hvp(loss, (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(nf.jit(seconds)(x.detach()), seconds(x.detach()), msg=name)
+    with pytest.raises(DifferentiationError, match=r"test_collectives\.py:\d+: a collective that reduces by 'max'.*all_gather_tensor"):
+        nf.jit(nf.grad(lambda x: fc.all_reduce(x, "max", dist.group.WORLD).sum()))(torch.ones(2))
+
+
+CASES = [in_place, unused, equal_on_one_rank, of_a_constant, waited_for_late, derivatives]
 
 
 def test_ranks(tmp_path):

@@ -4,6 +4,7 @@ from . import (  # noqa: F401  (they register themselves)
     activation,
     attention,
     choice,
+    collectives,
     convolution,
     cross_entropy,
     distance,

@@ -53,7 +53,8 @@ class Rule(NamedTuple):
 
 
 rules: dict[Any, Rule] = {}
-"""Keyed by operator (`aten.mul`), or by overload where overloads differ (`aten.pow.Tensor_Scalar`)."""
+"""Keyed by operator (`aten.mul`), or by overload where overloads differ (`aten.pow.Tensor_Scalar`); by name, if PyTorch
+registers it later."""
 
 definitions: dict[Any, Callable] = {}
 """Operators as plain compositions of others, where PyTorch's own decomposition is missing or unsuited."""
@@ -97,7 +98,7 @@ def operator(name: str) -> Any:
 
 
 def find_rule(op: Any) -> Rule | None:
-    return rules.get(op) or rules.get(op.overloadpacket)
+    return rules.get(op) or rules.get(op.overloadpacket) or rules.get(op._schema.name)
 
 
 def find_definition(op: Any) -> Callable | None:
