@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch._C._dynamo.guards import TensorGuards
 
+from ..graph.refused import check_module
+
 
 class Outside:
     """The tensors that a form closes over, with the layouts that it was captured for (`x.data = y` changes them); and the modules
@@ -73,7 +75,12 @@ def _watched(module: nn.Module, name: str) -> Any:
 def modules_met() -> Iterator[dict[nn.Module, None]]:
     """Collects the modules that are called within, or asked for what they hold (as methods other than forward do)."""
     met: dict[nn.Module, None] = {}
-    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: met.setdefault(module))
+
+    def meet(module: nn.Module, args: tuple) -> None:
+        check_module(module)
+        met.setdefault(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(meet)
     with _lock:
         _watching.append(met)
         nn.Module.__getattr__ = _watched

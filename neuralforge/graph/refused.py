@@ -17,6 +17,11 @@ def check_dense(x: torch.Tensor) -> None:
     """Raises CaptureError for a tensor that isn't numbers at strides in memory."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         raise CaptureError(f"{user_line()}: a parameter of a lazy module has no shape yet. Call the module once before it is captured.")
+    if type(x).__name__ == "DTensor":
+        raise CaptureError(
+            f"{user_line()}: a DTensor, of which each rank holds a part, can't be captured, as what is sent between ranks would be lost. Pass "
+            f"x.to_local(), and send by torch.distributed._functional_collectives."
+        )
     if type(x) not in TENSORS:
         raise CaptureError(
             f"{user_line()}: a tensor of class {type(x).__name__} can't be captured, as what its class does would be "
@@ -34,6 +39,19 @@ def check_dense(x: torch.Tensor) -> None:
     ):
         if here:
             raise CaptureError(f"{user_line()}: {what} can't be captured; expected a dense one. Convert it with {mend}.")
+
+
+_WRAPPERS = {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}
+
+
+def check_module(module: torch.nn.Module) -> None:
+    """Raises CaptureError for a module whose hooks send parameters or gradients between ranks."""
+    kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
+    if kind is not None:
+        raise CaptureError(
+            f"{user_line()}: {type(module).__name__}, a {kind}, sends between ranks in hooks of torch.autograd's, which takes no part in a "
+            f"captured function. Capture the plain module, and add up gradients by torch.distributed._functional_collectives."
+        )
 
 
 _DATA = (

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as distributed_nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import neuralforge as nf
 from neuralforge.errors import CaptureError, DifferentiationError
@@ -142,7 +144,23 @@ def derivatives(rank):
         nf.jit(nf.grad(lambda x: fc.all_reduce(x, "max", dist.group.WORLD).sum()))(torch.ones(2))
 
 
-CASES = [in_place, unused, equal_on_one_rank, of_a_constant, waited_for_late, derivatives]
+def spread_parameters(rank):
+    """What PyTorch's wrappers do in hooks is refused, before they do it."""
+    mesh, x = init_device_mesh("cpu", (RANKS,)), torch.randn(2, 4)
+    weight = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
+    for f, given in ((lambda x: x * 2, weight), (lambda x: x @ weight, x)):
+        with pytest.raises(CaptureError, match=r"test_collectives\.py:\d+: a DTensor.*to_local\(\)"):
+            nf.jit(f)(given)
+    net = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    for model in (fully_shard(net(), mesh=mesh), torch.nn.parallel.DistributedDataParallel(net())):
+        expected = model(x).detach()
+        for f in (model, lambda x, model=model: model(x)):
+            with pytest.raises(CaptureError, match="sends between ranks.*plain module"):
+                nf.jit(f)(x)
+        assert torch.equal(model(x), expected)
+
+
+CASES = [in_place, unused, equal_on_one_rank, of_a_constant, waited_for_late, derivatives, spread_parameters]
 
 
 def test_ranks(tmp_path):
