@@ -71,14 +71,25 @@ def _watched(module: nn.Module, name: str) -> Any:
     return found
 
 
+def _computed(module: nn.Module) -> list[str]:
+    """The attributes that hooks of torch.nn.utils compute in each forward pass: prune's, and the old weight_norm's and spectral_norm's."""
+    hooks = module._forward_pre_hooks.values()
+    names = [getattr(hook, "_tensor_name", getattr(hook, "name", None)) for hook in hooks]
+    return [name for name in names if isinstance(vars(module).get(name), torch.Tensor)]
+
+
 @contextmanager
 def modules_met() -> Iterator[dict[nn.Module, None]]:
-    """Collects the modules that are called within, or asked for what they hold (as methods other than forward do)."""
+    """Collects the modules that are called within, or asked for what they hold (as methods other than forward do). Weights that hooks
+    computed within, of fake tensors, are as they were before."""
     met: dict[nn.Module, None] = {}
+    before: dict[tuple[nn.Module, str], Any] = {}
 
     def meet(module: nn.Module, args: tuple) -> None:
         check_module(module)
         met.setdefault(module)
+        for name in _computed(module):
+            before.setdefault((module, name), vars(module)[name])
 
     handle = nn.modules.module.register_module_forward_pre_hook(meet)
     with _lock:
@@ -88,6 +99,8 @@ def modules_met() -> Iterator[dict[nn.Module, None]]:
         yield met
     finally:
         handle.remove()
+        for (module, name), x in before.items():
+            vars(module)[name] = x
         with _lock:
             _watching[:] = [other for other in _watching if other is not met]
             if not _watching:

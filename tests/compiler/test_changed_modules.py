@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import neuralforge as nf
 from neuralforge.errors import CaptureError
@@ -71,3 +72,21 @@ def test_backward_hooks_are_refused_where_torch_autograd_would_run_them():
         jitted(x)
     with torch.no_grad():
         torch.testing.assert_close(jitted(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: prune.random_unstructured(m, "weight", 0.5), nn.utils.weight_norm, nn.utils.spectral_norm],
+    ids=["prune", "weight_norm", "spectral_norm"],
+)
+def test_weights_that_hooks_compute_are_left_as_they_were(change, grad):
+    change(model := nn.Linear(4, 4))
+    before, jitted, x = model.weight, nf.jit(model), torch.randn(2, 4, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            found = jitted(x)
+    assert model.weight is before
+    if change is not nn.utils.spectral_norm:  # whose vectors go on in each call
+        torch.testing.assert_close(found, model(x))
