@@ -83,16 +83,15 @@ def latest(root: Path) -> Path | None:
     """The newest checkpoint under `root`, verified; None if there is none. Raises CheckpointError as `load` does if it
     is damaged: going back to an older one is for the user to decide."""
     found = checkpoints(root)
+    newest = found[-1] if found else None
     try:
-        newest = root / (root / LATEST).read_text()
-        named = newest != root and newest.is_dir()
-    except (OSError, ValueError):
-        named = False
-    if not named:  # deleted by hand, or the pointer is damaged
-        if not found:
-            return None
-        newest = found[-1]
-    _read_or_advise(newest, keep=False)
+        named = root / (root / LATEST).read_text()
+        if named != root and named.is_dir() and not _serial(named):  # damaged, so that it is not known to be the last one
+            newest = named
+    except (OSError, ValueError):  # deleted by hand, or the pointer is damaged
+        pass
+    if newest is not None:
+        _read_or_advise(newest, keep=False)
     return newest
 
 

@@ -97,6 +97,13 @@ def test_a_damaged_pointer_counts_as_none(tmp_path, pointer):
     assert latest(tmp_path).name == "step-3"
 
 
+def test_a_pointer_to_an_older_one_counts_as_damaged(tmp_path):
+    """One bit from step-3; or a process was killed before it wrote the pointer."""
+    fill(tmp_path)
+    (tmp_path / "latest").write_text("step-2")
+    assert latest(tmp_path).name == "step-3"
+
+
 def test_the_same_name_again_replaces(tmp_path):
     fill(tmp_path)
     folder = save(tmp_path, "step-2", state(9), {"again": True}, keep=2)
