@@ -62,6 +62,8 @@ class Sampler:
     def __init__(self, tokens: TokenFile, batch: int, context: int, seed: int = 0, rank: int = 0, world_size: int = 1):
         if batch < 1 or context < 1:
             raise ConfigError(f"A batch of {batch} x {context} tokens holds nothing: both must be at least 1.")
+        if world_size < 1:
+            raise ConfigError(f"world_size={world_size}; expected at least 1 rank.")
         if batch % world_size or not 0 <= rank < world_size:
             raise ConfigError(
                 f"Rank {rank} of {world_size} can't take its part of a batch of {batch}: the batch must be a multiple "

@@ -125,14 +125,14 @@ class Report:
         """Steps beyond the checkpoint that a resumed run starts from will be written again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            kept = "".join(line for line in path.read_text().splitlines(True) if _step(line) <= done)
-            write_atomic(path, kept.encode())
+            kept = b"".join(line for line in path.read_bytes().splitlines(True) if _step(line) <= done)
+            write_atomic(path, kept)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the last line of a process that was killed
+    except (ValueError, KeyError, TypeError):  # the last line of a process that was killed, or a damaged one
         return math.inf
 
 

@@ -126,6 +126,8 @@ def test_wrong_sizes(tokens):
         Sampler(tokens(1000), 6, 16, rank=0, world_size=4)
     with pytest.raises(ConfigError, match="both must be at least 1"):
         Sampler(tokens(1000), 0, 16)
+    with pytest.raises(ConfigError, match="world_size=0; expected at least 1"):
+        Sampler(tokens(1000), 8, 16, world_size=0)
 
 
 def test_validation_goes_through_the_text_in_order(tokens):
