@@ -128,3 +128,13 @@ def test_statistics_read_before_and_after_they_are_updated(training):
         given = tuple(x.clone() for x in args)
         for found, expected in zip((*jitted(*given), *given), (*f(*args), *args), strict=True):
             assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_expanded_statistics_are_refused():
+    x, one = torch.randn(2, 3, 4, 4), torch.ones(1)
+    f = lambda x, mean, var: nn.functional.batch_norm(x, mean, var, training=True)
+    with pytest.raises(CaptureError, match=r"test_closed_writes\.py:\d+: .* of shape \(3,\) of which several elements are one place.*clone"):
+        nf.jit(f)(x, one.expand(3), one.expand(3))
+    mean = one.expand(3)
+    with pytest.raises(CaptureError, match="Pass a clone"):
+        nf.jit(lambda x: f(x, mean, torch.ones(3)))(x)
