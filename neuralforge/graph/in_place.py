@@ -53,7 +53,7 @@ def functional(func: Any, args: tuple, kwargs: dict, given: Callable = lambda x:
     values, result = _twin(func, args, kwargs, len(targets))
     # A twin may hand back its argument (conj_physical of what is real); the written tensor has memory of its own.
     values = [aten.clone.default(v) if any(v is x for x in args) else v for v in values]
-    if result is None:
+    if result is None and func._schema.returns:
         result = groups[0] if len(func._schema.returns) == 1 else tuple(groups)
     return list(zip(targets, values)), result
 

@@ -134,6 +134,12 @@ def _reduced(losses: torch.Tensor, reduction: str | int) -> torch.Tensor:
     return losses.mean() if reduction in ("mean", 1) else losses.sum()
 
 
+def _matrix_rank(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    """PyTorch's loses what it is to write to `out` where that is no plain tensor."""
+    rank = torch.linalg.matrix_rank(*args, **kwargs)
+    return rank if out is None else torch.add(rank, 0, out=out)
+
+
 _OTHERS = {
     torch.Tensor.__getitem__: _getitem,
     torch.Tensor.__setitem__: _setitem,
@@ -142,6 +148,7 @@ _OTHERS = {
     torch.ctc_loss: _ctc_loss,
     F.ctc_loss: _ctc_loss,
     F.gaussian_nll_loss: _gaussian_nll_loss,
+    torch.linalg.matrix_rank: _matrix_rank,
 }
 
 _forward = _BatchNorm.forward

@@ -131,6 +131,21 @@ def test_gaussian_nll_loss(var, reduction):
     torch.testing.assert_close(found, (expected.detach(), grads))
 
 
+def test_results_written_to_out():
+    x = torch.randn(3, 4)
+
+    def f(x, rank, rows, parts):
+        torch.linalg.matrix_rank(x, out=rank)
+        torch.unbind_copy(x, out=rows)
+        torch.split_with_sizes_copy(x, [1, 3], 1, out=parts)
+        return rank + 1
+
+    made = lambda: (torch.tensor(0), [torch.zeros(4) for _ in range(3)], [torch.zeros(3, 1), torch.zeros(3, 3)])
+    rank, rows, parts = given = made()
+    assert nf.jit(f)(x, *given) == 4 and rank == 3
+    assert torch.equal(torch.stack(rows), x) and torch.equal(torch.cat(parts, 1), x)
+
+
 def test_batch_norm_that_averages_over_all_batches():
     plain = nn.BatchNorm2d(3, momentum=None)
     jitted = nf.jit(other := copy.deepcopy(plain))
