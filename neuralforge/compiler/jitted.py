@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import update_wrapper
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -187,7 +188,9 @@ class Call:
         if tree != self.tree or _surroundings() != self.surroundings:
             return None
         tensors, static = _parted(leaves)
-        return tensors if static == self.static and len(tensors) == self.count and self.alike(*tensors) else None
+        if static != self.static or len(tensors) != self.count or any(map(_is_nested, tensors)):  # the guard ends the process then
+            return None
+        return tensors if self.alike(*tensors) else None
 
 
 def _parted(leaves: list) -> tuple[list[torch.Tensor], list[tuple]]:
@@ -213,6 +216,9 @@ def _check_hooks(modules: Iterable[nn.Module]) -> None:
             f"{user_line()}: {type(hooked).__name__} has backward hooks, which torch.autograd runs, and it takes no part within a jitted "
             f"function. Use hooks of parameters, or of what goes into the jitted function and comes out of it, or don't jit it."
         )
+
+
+_is_nested = attrgetter("is_nested")
 
 
 def _is_tensor(leaf: Any) -> bool:

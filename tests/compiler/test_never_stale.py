@@ -175,8 +175,9 @@ def test_tensors_with_a_class_of_their_own_are_refused():
     ],
 )
 def test_tensors_that_are_not_dense_are_refused(make, why):
-    x = make()
-    for call in (lambda: nf.jit(lambda x: x * 2)(x), lambda: nf.jit(lambda y: x * y)(torch.ones(3))):
+    x, called = make(), nf.jit(lambda x: x * 2)
+    called(torch.ones(2, 3))
+    for call in (lambda: called(x), lambda: nf.jit(lambda x: x * 2)(x), lambda: nf.jit(lambda y: x * y)(torch.ones(3))):
         with pytest.raises(CaptureError, match=why):
             call()
     lazy = torch.nn.LazyLinear(3)
