@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..graph.ir import Value
+from ..graph.ir import Equation, Value
 
 
 def memory_order(v: Value) -> tuple[int, ...] | None:
@@ -22,6 +22,11 @@ def memory_order(v: Value) -> tuple[int, ...] | None:
                 return None
             expected *= v.shape[i]
     return tuple(order)
+
+
+def dimension(join: Equation) -> int:
+    """The dimension of the result in which a `cat` or a `stack` puts its operands."""
+    return (*join.args, 0)[1] % join.outputs.fake.dim()
 
 
 WORTH_A_COPY = 32768

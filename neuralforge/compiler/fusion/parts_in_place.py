@@ -12,7 +12,7 @@ import torch
 from ...graph.ir import Equation, Graph, Value, substitute
 from ..passes.dataflow import Dataflow
 from ..passes.rewrites import make
-from ..space import contiguous, cuts_of
+from ..space import contiguous, cuts_of, dimension
 from ..storage import root_of, view_roots
 from .fused import Fused
 
@@ -27,7 +27,7 @@ def parts_in_place(graph: Graph) -> Graph:
     for eq in graph.equations:
         if eq.op is not aten.cat.default or not contiguous(eq.outputs) or eq.outputs in escaping:
             continue
-        whole, parts, dim = eq.outputs, eq.args[0], (*eq.args, 0)[1] % eq.outputs.fake.dim()
+        whole, parts, dim = eq.outputs, eq.args[0], dimension(eq)
         if len(set(parts)) < len(parts) or all(part.strides == whole.strides for part in parts):
             continue
         if all(_fits(part, whole, dim, flow) for part in parts):

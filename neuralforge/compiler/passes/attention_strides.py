@@ -12,6 +12,7 @@ import torch
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value, substitute
 from ..attention import claim_attention
+from ..space import dimension
 from .dataflow import Dataflow
 from .layout import follow
 from .simplify import dead_code
@@ -113,7 +114,7 @@ def _parts(flow: Dataflow, eq: Equation) -> list[tuple[Value, Dims, torch.Tensor
     if eq.op is not aten.cat.default:
         return []
     parts, at, whole = [], 0, eq.outputs.fake
-    dim = (*eq.args, 0)[1] % whole.dim()
+    dim = dimension(eq)
     for part in eq.args[0]:
         root, dims = flow.root(part, eq)
         if len(flow.users.get(root, ())) > 1 or part.fake.dim() != whole.dim():

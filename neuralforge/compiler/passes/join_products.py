@@ -11,7 +11,7 @@ import torch
 
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value
-from ..space import contiguous
+from ..space import contiguous, dimension
 from .dataflow import Dataflow
 from .parts import terms_of
 from .rewrites import make
@@ -97,7 +97,7 @@ def _joined(graph: Graph, flow: Dataflow, sums: dict[Equation, _Sum]) -> Graph:
 
 def _stacked(flow: Dataflow, eq: Equation) -> tuple[Value, ...] | None:
     """What a contiguous concatenation has one after the other in memory."""
-    if eq.op is not aten.cat.default or (*eq.args, 0)[1] != 0 or not contiguous(eq.outputs) or not all(map(contiguous, eq.args[0])):
+    if eq.op is not aten.cat.default or dimension(eq) != 0 or not contiguous(eq.outputs) or not all(map(contiguous, eq.args[0])):
         return None
     return _wholes(flow, eq.args[0])
 

@@ -10,6 +10,7 @@ import torch
 
 from ...graph.builder import Builder
 from ...graph.ir import Equation, Graph, Value
+from ..space import dimension
 from .dataflow import Dataflow
 from .simplify import dead_code
 from .views import natural
@@ -229,7 +230,7 @@ def concatenate_stacks(graph: Graph) -> Graph:
         if eq in copies or eq.op is aten.stack.default and eq not in gone:
             stack, order = copies.get(eq) or (eq, list(range(eq.outputs.fake.dim())))
             made = {"source": stack.source, "origin": stack.origin or "concatenate_stacks"}
-            axis = (*stack.args, 0)[1] % len(order)
+            axis = dimension(stack)
             within, parts = [d - (d > axis) for d in order if d != axis], []
             for part in stack.args[0]:
                 part = builder.emit(aten.permute.default, part, within, **made) if within != sorted(within) else part

@@ -11,6 +11,7 @@ import torch
 
 from ...graph.ir import Equation, Value
 from ...kernels import rotary as kernel
+from ..space import dimension
 from .dataflow import Dataflow
 from .numbers import Numbers
 from .patterns import Match
@@ -161,7 +162,7 @@ def _joined(flow: Dataflow, eq: Equation | None) -> tuple[list[Value], bool] | N
         return None
     interleaved = eq.op in _RESHAPES
     join = flow.producer(eq.args[0], aten.stack.default) if interleaved else eq
-    if join is None or len(join.args[0]) != 2 or (*join.args, 0)[1] not in (-1, join.outputs.fake.dim() - 1):
+    if join is None or len(join.args[0]) != 2 or dimension(join) != join.outputs.fake.dim() - 1:
         return None
     return (join.args[0], interleaved) if eq.outputs.shape[:-1] == join.args[0][0].shape[:-1] else None
 

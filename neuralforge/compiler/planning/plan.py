@@ -23,6 +23,7 @@ from ...graph.ir import Equation, Graph, Value, leaves
 from ...graph.operators import operator_traits
 from ...memory import Buffer, assign_offsets
 from ..kernels import Kernel
+from ..space import dimension
 from ..storage import root_of, view_roots
 
 
@@ -145,7 +146,7 @@ def _find_parts(
     made = {v for eq in graph.equations if eq in kernels and eq.op is not cat for v in eq.results}
     wholes: dict[Value, Value] = {}
     for eq in cats:
-        whole, dim, at, found = eq.outputs, (*eq.args, 0)[1], 0, {}
+        whole, dim, at, found = eq.outputs, dimension(eq), 0, {}
         for part in eq.args[0]:
             root = root_of(plan.roots, part)
             laid = all(n == 1 or s == t for n, s, t in zip(part.shape, part.strides, whole.strides))
