@@ -6,8 +6,8 @@
 The step is forward, backward, clipping to global norm 1 and AdamW, on the same weights and data (`models.py`). `wild`
 is the GPT as nobody tuned it: attention by matmul, mask and softmax, the loss by logsumexp and gather, and, for us
 alone, AdamW and clipping as a loop of tensor arithmetic over a dictionary, all in one `nf.jit`; PyTorch's candidates
-keep their fused AdamW, and JAX runs the tuned model. `layers` is the GPT of PyTorch's nn.TransformerEncoderLayer. bf16 is torch.autocast's: master weights and optimizer in
-float32, products and attention in bfloat16; JAX casts likewise.
+keep their fused AdamW, and JAX runs the tuned model. `layers` is the GPT of PyTorch's nn.TransformerEncoderLayer. bf16
+is torch.autocast's: master weights and optimizer in float32, products and attention in bfloat16; JAX casts likewise.
 
 Times alternate in one process. The rest is taken in a fresh process each, with empty compiler caches: the first step,
 from the making of the model to its loss (without our library of kernels, built once for a machine, which is told
