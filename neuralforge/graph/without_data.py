@@ -67,6 +67,8 @@ def _at_numbers(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, Any]:
 
 def _unknown(part: Any) -> bool:
     """Is a part of an index a tensor of one integer that isn't known?"""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func's, which has its own ways
+        return False
     if not isinstance(part, torch.Tensor) or part.dim() or part.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         return False
     try:

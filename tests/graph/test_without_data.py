@@ -73,6 +73,8 @@ def test_indices_of_tables_and_arguments():
     assert torch.equal(x, y)
     rows = nf.jit(nf.vmap(lambda x, i: x[i] * 2))
     assert rows(torch.arange(12.0).view(3, 4), torch.tensor([1, 2, 3])).tolist() == [2, 12, 22]
+    rows = nf.jit(lambda x, i: torch.func.vmap(lambda x, i: x[i] * 2)(x, i))
+    assert rows(torch.arange(12.0).view(3, 4), torch.tensor([1, 2, 3])).tolist() == [2, 12, 22]
 
 
 def test_narrow_from_a_tensor():
