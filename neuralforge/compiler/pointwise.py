@@ -84,8 +84,13 @@ def _argument(eq: Equation, position: int, name: str, default: Any) -> Any:
 
 def _clamp(t: str, eq: Equation, x: str) -> str:
     low, high = _argument(eq, 1, "min", None), _argument(eq, 2, "max", None)
-    x = x if low is None else f"maximum_{t}({x}, {constant(t, low)})"
-    return x if high is None else f"minimum_{t}({x}, {constant(t, high)})"
+    x = x if low is None else _bounded("maximum", t, x, low)
+    return x if high is None else _bounded("minimum", t, x, high)
+
+
+def _bounded(name: str, t: str, x: str, bound: Any) -> str:
+    """The operand last is the one that is taken where both are zeros, whatever their signs: so PyTorch's clamp does."""
+    return f"{name}_{t}({constant(t, bound)}, {x})"
 
 
 def _with_constants(name: str, *parameters: tuple[int, str, float]) -> Callable:
@@ -127,8 +132,8 @@ FLOATING = {
     aten.leaky_relu.default: _with_constants("leaky_relu", (1, "negative_slope", 0.01)),
     aten.softplus.default: _with_constants("softplus", (1, "beta", 1), (2, "threshold", 20)),
     aten.hardtanh.default: _with_constants("clamp", (1, "min_val", -1), (2, "max_val", 1)),
-    aten.clamp.default: _clamp, aten.clamp_min.default: lambda t, eq, x: f"maximum_{t}({x}, {constant(t, eq.args[1])})",
-    aten.clamp_max.default: lambda t, eq, x: f"minimum_{t}({x}, {constant(t, eq.args[1])})",
+    aten.clamp.default: _clamp, aten.clamp_min.default: lambda t, eq, x: _bounded("maximum", t, x, eq.args[1]),
+    aten.clamp_max.default: lambda t, eq, x: _bounded("minimum", t, x, eq.args[1]),
     aten.maximum.default: _call("maximum"), aten.minimum.default: _call("minimum"),
     aten.pow.Tensor_Scalar: _power, aten.pow.Scalar: _call("pow"), aten.pow.Tensor_Tensor: _call("pow"),
     aten.addcmul.default: _add_product("*"), aten.addcdiv.default: _add_product("/"),

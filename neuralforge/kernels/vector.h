@@ -299,8 +299,8 @@ INLINE f tanh_f(f x) {
     p = p * s + 1.33314422036e-1f;
     p = p * s - 3.33332819422e-1f;
     f large = 1.0f - 2.0f / (expm1_within_f(MIN_f(a + a, SET_f(20.0f))) + 2.0f);
-    large = (f)((b)large | ((b)x & (int)0x80000000));
-    return SELECT_f((b)(a >= SET_f(0.625f)), large, p * s * x + x);
+    f y = SELECT_f((b)(a >= SET_f(0.625f)), large, p * s * a + a);
+    return (f)((b)y | ((b)x & (int)0x80000000)); /* also of zeros */
 }
 
 INLINE f sigmoid_f(f x) { return 1.0f / (1.0f + exp_f(-x)); }

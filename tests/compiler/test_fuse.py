@@ -78,6 +78,20 @@ def test_operators(name, dtype, isa):
     assert torch.allclose(clip(found), clip(expected), rtol=1e-5, atol=1e-37)
 
 
+ZEROS = {
+    **{name: UNARY[name] for name in ("neg", "tanh", "erf", "sin", "abs", "gelu", "silu", "expm1", "log1p", "sign", "floor", "trunc", "clamp")},
+    "relu6": F.relu6, "below 0": lambda x: x.clamp(max=0.0), "above 0": lambda x: x.clamp_min(0), "0 to 1": lambda x: x.clamp(0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ZEROS)
+def test_signs_of_zeros(name, dtype, isa):
+    x = torch.tensor([0.0, -0.0, 1.0, -1.0] * 9, dtype=dtype)
+    f = lambda x: ZEROS[name](x * 1.0) * 1.0
+    assert torch.equal(native(f, x).signbit(), f(x).signbit())
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (16,), (17,), (3, 5), (33, 65), (2, 3, 129), (4097,), (5, 4096), (70_001,)])
 def test_shapes_and_sums(shape, isa):
     f = lambda x, y: ((x * y).exp() + x, (x * y - 1).square().sum(), (x + y).sum())

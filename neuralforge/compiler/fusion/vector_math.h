@@ -144,7 +144,7 @@ WHOLE(trunc, 11, __builtin_trunc)
 
 #define RARE(T) \
     INLINE T sign_##T(T x) { return SELECT_##T(MASK_##T(x > SET_##T(0)), SET_##T(1), SELECT_##T(MASK_##T(x < SET_##T(0)), SET_##T(-1), SET_##T(0))); } \
-    INLINE T clamp_##T(T x, T low, T high) { return minimum_##T(maximum_##T(x, low), high); } \
+    INLINE T clamp_##T(T x, T low, T high) { return minimum_##T(high, maximum_##T(low, x)); } \
     INLINE T leaky_relu_##T(T x, T slope) { return SELECT_##T(MASK_##T(x > SET_##T(0)), x, x * slope); } \
     INLINE T threshold_backward_##T(T g, T x, T limit) { return SELECT_##T(MASK_##T(x <= limit), SET_##T(0), g); } \
     INLINE T softplus_##T(T x, T beta, T limit) { \
