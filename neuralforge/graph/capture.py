@@ -276,7 +276,7 @@ def _capture(f: Callable, mode: Capture, leaves: list, tree: TreeSpec) -> Captur
         fakes = [mode.input(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         try:
             result = f(*tree_unflatten(fakes, tree))
-        except RuntimeError as e:
+        except (RuntimeError, TypeError) as e:
             why = next((why for words, why in TOLD_OTHERWISE.items() if words in str(e)), None)
             if why is None:
                 raise

@@ -55,7 +55,7 @@ def check_module(module: torch.nn.Module) -> None:
 
 
 _DATA = (
-    "the program asks for the data of a tensor (through .numpy(), .data_ptr(), torch.tensor of tensors, ...), which doesn't exist "
+    "the program asks for the data of a tensor (through .numpy(), .data_ptr(), torch.tensor of tensors, text in a format, ...), which doesn't exist "
     "while a graph is captured. Use operators of torch (torch.stack for torch.tensor), or make an operator of the code that needs "
     "the data, with nf.opaque."
 )
@@ -64,6 +64,7 @@ TOLD_OTHERWISE = {
     "data is not allocated yet": _DATA,
     "Cannot access data pointer": _DATA,
     "Cannot access storage": _DATA,
+    "unsupported format string passed to FakeTensor": _DATA,
     "does not require grad and does not have a grad_fn": (
         "torch.autograd (through .backward() or torch.autograd.grad) takes no part in a captured function. Take derivatives with "
         "nf.grad or nf.value_and_grad of a function of the parameters (torch.func.functional_call calls a module with them)."

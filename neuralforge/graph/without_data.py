@@ -142,9 +142,15 @@ def _matrix_rank(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> 
     return rank if out is None else torch.add(rank, 0, out=out)
 
 
+def _deepcopy(x: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """PyTorch's copies the memory, in which there is nothing."""
+    return memo.setdefault(id(x), x.detach().clone())
+
+
 _OTHERS = {
     torch.Tensor.__getitem__: _getitem,
     torch.Tensor.__setitem__: _setitem,
+    torch.Tensor.__deepcopy__: _deepcopy,
     torch.Tensor.narrow: _narrow,
     torch.narrow: _narrow,
     torch.ctc_loss: _ctc_loss,

@@ -243,7 +243,7 @@ def test_the_collector_is_left_as_it_was():
 
 def test_asking_for_data_names_the_line():
     x = torch.randn(3)
-    for f in (lambda x: x * x.numpy(), lambda x: torch.tensor([x[0], x[1]])):
+    for f in (lambda x: x * x.numpy(), lambda x: torch.tensor([x[0], x[1]]), lambda x: f"{x.sum():.3f}"):
         with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: the program asks for the data .*nf\.opaque"):
             capture(f, x)
 

@@ -148,6 +148,22 @@ def test_results_written_to_out():
     assert torch.equal(torch.stack(rows), x) and torch.equal(torch.cat(parts, 1), x)
 
 
+def test_deep_copies():
+    """Each tensor once, apart from what it is a copy of, and constant to derivatives."""
+    bias, layer = torch.ones(3), nn.Linear(3, 3)
+
+    def f(x):
+        both, other = copy.deepcopy([x, {"x": x, "bias": bias}]), copy.deepcopy(layer)
+        both[0].mul_(2)
+        other.bias.data.add_(1)
+        return both[1]["x"] + both[1]["bias"] * x + other(x)
+
+    x, before = torch.randn(3), layer.bias.clone()
+    torch.testing.assert_close(nf.jit(f)(x), x * 2 + x + layer(x) + 1)
+    assert torch.equal(layer.bias, before)
+    torch.testing.assert_close(nf.jit(nf.grad(lambda x: f(x).sum()))(x), 1 + layer.weight.detach().sum(0))
+
+
 def test_batch_norm_that_averages_over_all_batches():
     plain = nn.BatchNorm2d(3, momentum=None)
     jitted = nf.jit(other := copy.deepcopy(plain))
