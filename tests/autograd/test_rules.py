@@ -124,6 +124,19 @@ def test_variance_without_degrees_of_freedom(run):
         assert run(lambda x: nf.jvp(variance, (x,), (x,))[1])(make(*shape)).isnan().all()  # noqa: B023
 
 
+@pytest.mark.parametrize("run", [lambda f: f, nf.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("spread", [torch.var_mean, torch.std_mean])
+def test_spreads_with_means(spread, dtype, run):
+    """Numbers whose sum float16 can't hold have a mean all the same."""
+    x = (torch.arange(4000).view(2, 2000) % 7 + 50).to(dtype)
+    for options in ({}, {"dim": 1}, {"dim": (0,), "correction": 0, "keepdim": True}):
+        f = lambda x: sum((k + 1) * y.abs().double().square().sum() for k, y in enumerate(spread(x, **options)))  # noqa: B023
+        found, leaf = run(nf.value_and_grad(f))(x), x.clone().requires_grad_()
+        truth = f(leaf), torch.autograd.grad(f(leaf), leaf)[0]
+        torch.testing.assert_close(found, truth, rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("choose", [torch.fmax, torch.fmin, torch.maximum, torch.minimum])
 def test_choices_beside_nan(choose):
     nan = math.nan
