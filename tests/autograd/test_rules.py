@@ -137,6 +137,14 @@ def test_spreads_with_means(spread, dtype, run):
         torch.testing.assert_close(found, truth, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("run", [lambda f: f, nf.jit], ids=["eager", "jit"])
+def test_definitions_that_convert_half_precision(run):
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    f = lambda x: (torch.renorm(x, 2, 0, 1.0).float() ** 2 * torch.arange(5)).sum()
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(run(nf.grad(f))(x), torch.autograd.grad(f(leaf), leaf)[0], rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("choose", [torch.fmax, torch.fmin, torch.maximum, torch.minimum])
 def test_choices_beside_nan(choose):
     nan = math.nan

@@ -6,7 +6,18 @@ import math
 
 import torch
 
-from .table import Derivative, aten, conj, diagonal, identity, linear, nondifferentiable, rule, symmetric
+from .table import (
+    Derivative,
+    aten,
+    conj,
+    definition,
+    diagonal,
+    identity,
+    linear,
+    nondifferentiable,
+    rule,
+    symmetric,
+)
 
 # ---- arithmetic
 
@@ -307,6 +318,12 @@ def frexp(out, x):
 def copy(y, x, *args, **kwargs):
     dtype = y.dtype
     return Derivative(lambda g: g, lambda t: t.to(dtype) if dtype.is_complex or not t.is_complex() else t.real)
+
+
+@definition("prims::convert_element_type")
+def convert_element_type(x, dtype):
+    """PyTorch's writes into an empty tensor."""
+    return x.to(dtype)
 
 
 @rule("copy")
