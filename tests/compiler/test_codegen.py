@@ -1,12 +1,16 @@
 """Kernels with reductions inside: rows, columns and everything, against float64 truth on every instruction set; half
 widths; special values; results that don't depend on threads; memory that may be written over."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
 from neuralforge.compiler.fusion.fused import Fused
+from neuralforge.compiler.fusion import codegen
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture
 
@@ -198,6 +202,16 @@ def test_batched_groups_of_rows_of_different_sizes():
     assert len(kernels(f, *xs)[0].parts) == 4
     for a, b in zip(found, f(*xs), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
+
+
+def test_no_more_files_than_cores(monkeypatch):
+    """Each costs the compiler more than a small group does."""
+    built = []
+    monkeypatch.setattr(codegen, "_built", {})
+    monkeypatch.setattr(codegen, "load_many", lambda sources: built.extend(sources) or [mock.Mock() for _ in sources])
+    texts = [f"void KERNEL(void) {{ {n}; }}" for n in range(9)]
+    assert list(codegen.functions(texts)) == texts
+    assert len(built) == min(4, os.cpu_count())
 
 
 def test_what_a_group_tells_of_itself():

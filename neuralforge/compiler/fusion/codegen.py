@@ -12,6 +12,7 @@ Sizes and outer strides are parameters: groups that differ in nothing else share
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -35,8 +36,9 @@ COLUMN_TASKS = 32
 C_TYPE = {"f": "float", "d": "double", "l": "long", "b": "unsigned char"}
 AHEAD = 8
 """Rows by which a prologue fetches what it reads ahead."""
-FILES = 4
-"""Files that the kernels of one program are spread over, to compile side by side."""
+FILES = min(4, os.cpu_count() or 1)
+"""Files that the kernels of one program are spread over, to compile side by side. Each costs the compiler as much as a small kernel
+does."""
 
 
 _built: dict[tuple, Any] = {}
