@@ -142,6 +142,8 @@ def test_processes_that_share_an_empty_cache(tmp_path):
     found = [torch.tensor(json.loads(out)) for out, _ in results]
     for result in found:
         assert torch.allclose(result, torch.cat([x.flatten() for x in train(step)]), rtol=1e-4, atol=1e-5)
+    libraries = [name.rsplit("-", 1)[0] for name in os.listdir(tmp_path) if name.endswith(".so")]
+    assert libraries.count("embedding") == libraries.count("matmul") == 1, "both had the same ones to build"
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".c")]
 
 

@@ -1,6 +1,5 @@
 """Optimised programs on disk: found by the same program again, and by no other."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,17 +139,17 @@ def test_a_folder_that_cannot_be_written_to(optimised, monkeypatch, cache):
 
 def test_another_process_finds_it(tmp_path):
     code = """if True:
-        import sys, torch
+        import pathlib, sys, torch
         sys.path.insert(0, sys.argv[1])
         import test_on_disk as test
+        test.on_disk.cache_folder = lambda: pathlib.Path(sys.argv[3])
         if sys.argv[2] == "second":
             test.compiled.optimise = None
         x = torch.ones(32, 48).cumsum(0)
         print([r.double().sum().item() for r in test.results(test.step(torch.ones(48)), x)])"""
 
     def run(which: str) -> str:
-        command = [sys.executable, "-c", code, str(Path(__file__).parent), which]
-        environment = os.environ | {"NEURALFORGE_CACHE": str(tmp_path)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-c", code, str(Path(__file__).parent), which, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     assert run("first") == run("second")
