@@ -21,10 +21,16 @@ def kernels(f, *args):
     return [eq.op for eq in optimise(capture(f, *args).graph).equations if isinstance(eq.op, Fused)]
 
 
-def one_kernel(f, *args):
-    """Run `f`, which must become one kernel."""
-    assert len(kernels(f, *args)) == 1, str(optimise(capture(f, *args).graph))
-    return nf.jit(f)(*args)
+@pytest.fixture
+def one_kernel(optimised):
+    """Runs a function, which must become one kernel."""
+
+    def one_kernel(f, *args):
+        graph, results = optimised(f, *args)
+        assert sum(isinstance(eq.op, Fused) for eq in graph.equations) == 1, str(graph)
+        return results
+
+    return one_kernel
 
 
 def tensors(out):
@@ -64,7 +70,7 @@ SHAPES = [(2, 2), (3, 5), (7, 16), (65, 33), (5, 257), (40, 384), (3, 4099), (2,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", GROUPS)
-def test_groups_with_reductions(name, dtype, isa):
+def test_groups_with_reductions(name, dtype, isa, one_kernel):
     torch.manual_seed(0)
     f, tolerance = GROUPS[name], 2e-5 if dtype == torch.float32 else 1e-12
     for shape in SHAPES:
@@ -77,7 +83,7 @@ def test_groups_with_reductions(name, dtype, isa):
             assert torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max()), shape
 
 
-def test_layer_norm_backward(isa):
+def test_layer_norm_backward(isa, one_kernel):
     torch.manual_seed(0)
     for shape in ((7, 33), (40, 384), (2, 3, 5)):
         g, x = torch.randn(shape), torch.randn(shape)
@@ -91,7 +97,7 @@ def test_layer_norm_backward(isa):
 
 @pytest.mark.parametrize("row", [[1.0, float("nan"), 2.0], [float("inf"), 1.0, 2.0], [float("-inf")] * 3, [float("inf")] * 3,
                                  [float("-inf"), 0.0, 200.0], [1e38, -1e38, 0.0]])  # fmt: skip
-def test_special_values_in_rows(row, isa):
+def test_special_values_in_rows(row, isa, one_kernel):
     x = torch.tensor([row, [0.1, 0.2, 0.3]]).repeat(1, 9)
     for f in (lambda x: x.softmax(-1) * 1.0, lambda x: x.log_softmax(-1) * 1.0, lambda x: x.logsumexp(-1) * 1.0,
               lambda x: (x * 1.0).amax(-1), lambda x: (x * 1.0).amin(-1), lambda x: (x * 1.0).sum(-1)):  # fmt: skip
@@ -110,7 +116,7 @@ def test_special_values_in_rows(row, isa):
         lambda x, y: (x.float() * 1.001).to(x.dtype).float() * y,  # a conversion rounds, also inside a group
     ],
 )
-def test_half_widths_are_stored_so_and_computed_in_float(f, dtype, isa):
+def test_half_widths_are_stored_so_and_computed_in_float(f, dtype, isa, one_kernel):
     torch.manual_seed(0)
     for shape in ((9, 35), (4, 128)):
         x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -124,7 +130,7 @@ def test_half_widths_are_stored_so_and_computed_in_float(f, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_widths_are_compared_as_they_are_stored(dtype, isa):
+def test_half_widths_are_compared_as_they_are_stored(dtype, isa, one_kernel):
     f = lambda x: ((y := x * 3.0), y <= 0.1, y == 0.1, y > 0.3, y.isinf(), y == float("inf"), y == y.to(dtype, copy=True))
     x = torch.tensor([0.1 / 3, 0.1, 0.2, torch.finfo(dtype).max, -1.0]).to(dtype)
     x = torch.cat([x, (torch.tensor([0.1]).to(dtype) / 3)])
@@ -195,7 +201,7 @@ def test_an_operand_is_written_over_only_after_its_last_reading():
         assert torch.allclose(a, b, rtol=1e-5)
 
 
-def test_batched_groups_of_rows_of_different_sizes():
+def test_batched_groups_of_rows_of_different_sizes(one_kernel):
     f = lambda *xs: tuple((x * 2).softmax(-1).sum(0) for x in xs)
     xs = [torch.randn(n, n + 3) for n in (2, 7, 40, 300)]
     found = one_kernel(f, *xs)
@@ -220,7 +226,7 @@ def test_what_a_group_tells_of_itself():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_number_keeps_its_sign_when_it_is_negative_zero(dtype, isa):
+def test_a_number_keeps_its_sign_when_it_is_negative_zero(dtype, isa, one_kernel):
     for zero in (-0.0, 0.0):
         x, s = torch.ones(5, dtype=dtype), torch.tensor(zero, dtype=dtype)
         found = one_kernel(lambda x, s: torch.where(x > 2, x * 3, s) + s, x, s)

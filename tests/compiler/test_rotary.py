@@ -160,25 +160,27 @@ def assert_found(found, count):
 
 
 @pytest.mark.parametrize("form", FORMS + INTERLEAVED)
-def test_found_and_equal(form):
+def test_found_and_equal(form, names_and_results):
     x, w, cos, sin = operands()
     step = step_of(form)
-    assert_found(names(step, w, x, cos, sin), 4)
-    torch.testing.assert_close(nf.jit(step)(w, x, cos, sin), step(w, x, cos, sin), rtol=1e-5, atol=1e-4)
+    found, results = names_and_results(step, w, x, cos, sin)
+    assert_found(found, 4)
+    torch.testing.assert_close(results, step(w, x, cos, sin), rtol=1e-5, atol=1e-4)
 
 
 IN_BFLOAT16 = [sliced, by_parts_backwards, interleaved, every_two]
 
 
 @pytest.mark.parametrize("form", [in_float32, in_float32_by_promotion, of_one_table, by_complex_numbers, *IN_BFLOAT16])
-def test_in_bfloat16(form):
+def test_in_bfloat16(form, names_and_results):
     """No further from the same step in float32 than PyTorch is, rounding by rounding."""
     x, w, cos, sin = operands(torch.bfloat16)
     if form in IN_BFLOAT16:
         cos, sin = cos.bfloat16(), sin.bfloat16()
     step = step_of(form, torch.bfloat16)
-    assert_found(names(step, w, x, cos, sin), 4)
-    found, eager = nf.jit(step)(w, x, cos, sin), step(w, x, cos, sin)
+    names, found = names_and_results(step, w, x, cos, sin)
+    assert_found(names, 4)
+    eager = step(w, x, cos, sin)
     exact = step_of(form)(w.float(), x.bfloat16().float(), cos.float(), sin.float())
     for a, b, truth in zip(found, eager, exact):
         assert a.dtype == b.dtype
@@ -276,16 +278,17 @@ LEFT_ALONE = {
 
 
 @pytest.mark.parametrize("form", LEFT_ALONE.values(), ids=LEFT_ALONE)
-def test_left_alone_where_it_does_not_fit(form):
+def test_left_alone_where_it_does_not_fit(form, names_and_results):
     _, _, cos, sin = operands()
     x = torch.randn(B, H, T, K)
     step = nf.value_and_grad(lambda x: form(x, cos, sin).sum())
-    assert ROTARY not in names(step, x)
-    torch.testing.assert_close(nf.jit(step)(x), step(x), rtol=1e-5, atol=1e-4)
+    found, results = names_and_results(step, x)
+    assert ROTARY not in found
+    torch.testing.assert_close(results, step(x), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_in_our_llama(precision):
+def test_in_our_llama(precision, names_and_results):
     """Queries and keys of each layer, forward and backward; of other counts of heads."""
     torch.manual_seed(0)
     model = llama.Llama(ModelConfig("llama", 50, 16, 32, 2, 4, 2, 48))
@@ -297,6 +300,7 @@ def test_in_our_llama(precision):
             return torch.func.functional_call(model, params, (tokens,)).float().logsumexp(-1).mean()
 
     step = nf.value_and_grad(loss)
-    assert_found(names(step, params, tokens), 2 * 2 * 2)
+    found, results = names_and_results(step, params, tokens)
+    assert_found(found, 2 * 2 * 2)
     tolerance = 1e-5 if precision == "fp32" else 2e-2
-    torch.testing.assert_close(nf.jit(step)(params, tokens), step(params, tokens), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(results, step(params, tokens), rtol=tolerance, atol=tolerance)
