@@ -1,5 +1,6 @@
 """Random numbers from keys: against the plain definition, and the same however a program is run."""
 
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,24 @@ def test_attention_draws_the_same():
     key = R.key(5)
     dropped = R.dropout(key, torch.ones(2, 3, 8, 10), 0.3)
     assert torch.equal(dropped, keep(torch.ones(2, 3, 8, 10), 0.3, key))
+
+
+def test_philox_against_the_authors_vectors():
+    # https://github.com/DEShawResearch/random123/blob/main/tests/kat_vectors
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+    assert kernel.philox.philox([0] * 4, [0] * 2, 7) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert kernel.philox.philox([0] * 4, [0] * 2, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert kernel.philox.philox(*pi, 10) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
+def test_dropout_keeps_its_share(dropout_p):
+    kept = keep(torch.ones(4, 8, 128, 128), dropout_p, torch.tensor([7, 0]))
+    n = kept.numel()
+    assert abs((kept > 0).double().mean() - (1 - dropout_p)) < 5 * math.sqrt(dropout_p * (1 - dropout_p) / n)
+    for dim in range(4):  # neighbours are independent
+        a, b = (kept > 0).double().narrow(dim, 0, kept.shape[dim] - 1), (kept > 0).double().narrow(dim, 1, kept.shape[dim] - 1)
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / math.sqrt(a.numel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
