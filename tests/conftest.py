@@ -1,14 +1,19 @@
 """What tests of several folders share."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
-from neuralforge.compiler.products import candidates
-from neuralforge.errors import KernelError
-from neuralforge.kernels import native, toolchain
+# Read as torch loads OpenMP. Threads that wait for work spin otherwise, which on a busy machine is half of the CPU time of tests of small kernels.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+
+from neuralforge.compiler.products import candidates  # noqa: E402
+from neuralforge.errors import KernelError  # noqa: E402
+from neuralforge.kernels import native, toolchain  # noqa: E402
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "amx"])

@@ -5,7 +5,7 @@ import torch
 
 import neuralforge as nf
 from neuralforge.compiler import compiled
-from neuralforge.compiler.plan import is_view
+from neuralforge.compiler.storage import is_view
 
 
 @pytest.fixture
