@@ -114,6 +114,7 @@ def test_special_values_in_rows(row, isa, one_kernel):
         lambda x, y: ((z := x * y).sum(-1), z.sum(0)),
         lambda x, y: torch.where(x > y, x, y * 0.5),
         lambda x, y: (x.float() * 1.001).to(x.dtype).float() * y,  # a conversion rounds, also inside a group
+        lambda x, y: (torch.lerp(x, y, 0.3), torch.lerp(x, y, y), torch.addcmul(x, x, y, value=0.3), torch.addcdiv(x, y, y.abs() + 1)),
     ],
 )
 def test_half_widths_are_stored_so_and_computed_in_float(f, dtype, isa, one_kernel):

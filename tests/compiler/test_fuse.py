@@ -228,12 +228,34 @@ def test_dependent_groups_of_equal_structure_stay_apart():
     assert torch.allclose(nf.jit(f)(x, w), f(x, w), rtol=1e-5)
 
 
+def written(a, b):
+    """Through views of what others read as well."""
+    whole = a.clone(memory_format=torch.contiguous_format)
+    whole.t()[1:].add_(b[1:, ::2].sum() * 0.1)
+    whole.view(-1)[5::7] = b.diagonal()[1:]
+    return whole + a.tanh()
+
+
+STEPS = {
+    "add": lambda a, b: a + b * 0.5, "mul": lambda a, b: a * b.tanh(), "sub": lambda a, b: a - b, "tanh": lambda a, b: a.tanh(),
+    "exp": lambda a, b: (a * 0.1).tanh().exp(), "where": lambda a, b: torch.where(a > b, a, b * 0.5),
+    "sum": lambda a, b: a.tanh().sum() * 0.01 + b * 0.1, "row": lambda a, b: a * b[0] * 0.1, "mm": lambda a, b: (a @ b * 0.1).tanh(),
+    "view": lambda a, b: a.reshape(-1).view(6, 6) + b, "t": lambda a, b: a.t() - b, "softmax": lambda a, b: (a * 0.1 + b).softmax(-1) * 2,
+    "log softmax": lambda a, b: a.t().log_softmax(-1) * 0.1, "norm": lambda a, b: F.layer_norm(a.t(), (6,)).t() + b,
+    "batch norm": lambda a, b: F.batch_norm(a.t(), None, None, b[0], b[1], True).t(),
+    "other rows": lambda a, b: a.reshape(6, 2, 3).sigmoid().mean(2).softmax(1).repeat(1, 3) * b,
+    "truths": lambda a, b: torch.where((a > b) <= (b > 0.1), a, b) + ((a < 0.5) == (b < 0.2)) * 0.5,
+    "strided": lambda a, b: (a * 0.5).contiguous().as_strided((5, 6), (6, 1), 3).sum(0) * 0.1 + b, "few": lambda a, b: a[:, 2:4].var(-1) * 0.01 + b,
+    "lerp": lambda a, b: torch.lerp(a, b, b.tanh()), "addcmul": lambda a, b: torch.addcmul(a, a.tanh(), b, value=0.3), "written": written,
+}  # fmt: skip
+
+
 @st.composite
 def programs(draw):
     """A list of (operator, operand indices) over a growing list of values; some operands are broadcast."""
     steps = []
     for n in range(draw(st.integers(2, 25))):
-        kind = draw(st.sampled_from(["add", "mul", "sub", "tanh", "exp", "where", "sum", "row", "mm", "view", "t"]))
+        kind = draw(st.sampled_from(sorted(STEPS)))
         pick = lambda: draw(st.integers(0, n + 2))
         steps.append((kind, pick(), pick()))
     return steps
@@ -243,12 +265,7 @@ def run_program(steps, inputs):
     values = list(inputs)
     for kind, i, j in steps:
         a, b = values[i % len(values)], values[j % len(values)]
-        values.append({
-            "add": lambda: a + b * 0.5, "mul": lambda: a * b.tanh(), "sub": lambda: a - b, "tanh": lambda: a.tanh(),
-            "exp": lambda: (a * 0.1).tanh().exp(), "where": lambda: torch.where(a > b, a, b * 0.5),
-            "sum": lambda: a.tanh().sum() * 0.01 + b * 0.1, "row": lambda: a * b[0] * 0.1, "mm": lambda: (a @ b * 0.1).tanh(),
-            "view": lambda: a.reshape(-1).view(6, 6) + b, "t": lambda: a.t() - b,
-        }[kind]())  # fmt: skip
+        values.append(STEPS[kind](a, b))
     return values[2:], values[-1].sum()
 
 

@@ -36,6 +36,14 @@ def by_hand(q, k, v):
     return scores.softmax(-1) @ v
 
 
+def by_masks(q, k, v):
+    """The first key stays, and none of the others where two masks hide them."""
+    scores, at = q @ k.mT / math.sqrt(q.shape[-1]), torch.arange(q.shape[-2])
+    scores = scores + 0.1 * (at - at[:, None]).to(q.dtype)
+    scores = scores.masked_fill(future(q.shape[-2]), -1e9).masked_fill(at % 3 == 1, -math.inf)
+    return (scores + torch.where(at % 4 == 2, -1e9, 0.0)).softmax(-1) @ v
+
+
 def by_sums(q, k, v):
     scores = torch.einsum("bhtk,bhsk->bhts", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhts,bhsk->bhtk", torch.softmax(scores, dim=-1), v)
@@ -45,7 +53,7 @@ ATTENTION = {
     "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     "full": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
     "masked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=~future(q.shape[-2])),
-    "by hand": by_hand, "by sums": by_sums,
+    "by hand": by_hand, "by sums": by_sums, "by masks": by_masks,
 }  # fmt: skip
 LOSSES = {
     "cross entropy": F.cross_entropy,
@@ -128,6 +136,7 @@ def run(network, heads, weight, x_BTD, target_N, V):
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @example(([("norm", "layer"), ("attention", "causal", True, True), ("norm", "rms"), ("feed-forward", "gelu", True)], "cross entropy", False), (2, 17, 2, 8, 31))
+@example(([("attention", "by masks", False, True), ("attention", "by masks", True, False)], "cross entropy", False), (2, 13, 2, 8, 5))
 @example(([("rotary",), ("attention", "by hand", False, True), ("gated", "silu", True), ("recurrence",)], "by logsumexp", True), (1, 16, 3, 10, 2))
 @given(networks, sizes)
 def test_optimised_steps_agree_with_plain_ones(network, size):
