@@ -11,6 +11,8 @@ import neuralforge as nf
 from neuralforge.errors import DifferentiationError
 from neuralforge.graph import capture
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 both = pytest.mark.parametrize("run", [lambda f: f, nf.jit], ids=["eager", "jit"])
 
 

@@ -7,6 +7,8 @@ import torch
 
 import neuralforge as nf
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 VIEWS = [
     lambda t: t[-1] if t.dim() > 1 else t, lambda t: t[1:3], lambda t: t.t() if t.dim() == 2 else t, lambda t: t.flatten(),
     lambda t: t.unsqueeze(0).squeeze(0), lambda t: t[..., ::2], lambda t: t.chunk(2, -1)[1], lambda t: t.transpose(0, -1),

@@ -6,6 +6,8 @@ import torch
 import neuralforge as nf
 from neuralforge.graph import gradient_mode
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 both = pytest.mark.parametrize("run", [lambda f: f, nf.jit], ids=["eager", "jit"])
 
 

@@ -13,6 +13,8 @@ from neuralforge.autograd.rules import Derivative, Joint, diagonal, rule
 from neuralforge.autograd.rules.table import definitions, rules
 from neuralforge.errors import DifferentiationError
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 aten = torch.ops.aten
 
 

@@ -13,6 +13,8 @@ import neuralforge as nf
 from neuralforge.errors import DifferentiationError
 from neuralforge.graph import capture, verify
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 D, HEADS, VOCABULARY = 16, 4, 11
 
 
