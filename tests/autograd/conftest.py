@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from neuralforge.compiler import codegen
+from neuralforge.compiler.fusion import codegen
 
 _built = {}
 

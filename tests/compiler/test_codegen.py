@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
-from neuralforge.compiler.fusion.fused import Fused
 from neuralforge.compiler.fusion import codegen
+from neuralforge.compiler.fusion.fused import Fused
 from neuralforge.compiler.pipeline import optimise
 from neuralforge.graph import capture
 
