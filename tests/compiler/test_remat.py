@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import neuralforge as nf
+from neuralforge.compiler import compiled as compiler
 from neuralforge.compiler.products import candidates
 from neuralforge.errors import MemoryBudgetError
 from neuralforge.kernels import matmul
@@ -243,3 +244,29 @@ def test_what_a_recomputed_value_is_made_of_is_made_again_too():
     assert jitted.programs[0].program.plan.peak_bytes <= 4.5e6
     with pytest.raises(MemoryBudgetError, match=r"from 7\.\d MB down to [34]\.\d MB at best"):
         nf.jit(nf.grad(deep), memory_budget="2MB")(weights, x)
+
+
+def test_unasked_a_gated_layer_keeps_two_of_four_hidden_values(timed, joined_by, monkeypatch):
+    """Of gate, its activation, the other half and their product, the second and the fourth are next to free, though a product's epilogue
+    makes them."""
+    timed("aten")
+    monkeypatch.setattr(compiler, "groups_for_prologues", lambda *args: set())
+    joined = joined_by("join_epilogues")
+    layers, rows, width, hidden = 3, 1024, 896, 832
+
+    def gated(params, x):
+        for gate, up, down in params:
+            x = x + (F.silu(x @ gate) * (x @ up)) @ down
+        return x.square().mean()
+
+    torch.manual_seed(0)
+    params = [tuple(torch.randn(s) * 0.03 for s in [(width, hidden), (width, hidden), (hidden, width)]) for _ in range(layers)]
+    x = torch.randn(rows, width)
+    step = nf.jit(nf.grad(gated))
+    exact = nf.grad(gated)([tuple(w.double() for w in ws) for ws in params], x.double())
+    for found, expected in zip(torch.utils._pytree.tree_leaves(step(params, x)), torch.utils._pytree.tree_leaves(exact), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    plan = step.programs[0].program.plan
+    moment = max(range(len(plan.in_use)), key=plan.in_use.__getitem__)
+    held = {plan.buffers[v] for v in plan.buffers if v.nbytes == 4 * rows * hidden and plan.birth[v] <= moment <= plan.death[v]}
+    assert "product_fused_silu_mul" in joined and len(held) <= 2 * layers + 2

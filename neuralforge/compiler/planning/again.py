@@ -12,7 +12,8 @@ from ..products.prologue import Prologued
 
 def results_apart(eq: Equation) -> list[Equation]:
     """For a group of several results, those equations that make one of them from less than the whole group reads or
-    runs: from the group's operands and its other results, whichever come first on the way back."""
+    runs: from the group's operands and its other results, whichever come first on the way back; and from its operands alone, so that
+    several results can go."""
     product = eq.op.product if isinstance(eq.op, Prologued) else eq
     if isinstance(eq.op, Fused):
         parts = eq.op.parts
@@ -23,16 +24,22 @@ def results_apart(eq: Equation) -> list[Equation]:
     outside = dict(zip(eq.op.graph.inputs, eq.args))
     if product is not eq:  # names of the product's within the prologue's
         outside = {v: outside[x] for v, x in zip(product.op.graph.inputs, product.args) if x in outside}
-    outside.update(zip((v for part in parts for v in part.outputs), eq.results))
-    found = []
+    made = dict(zip((v for part in parts for v in part.outputs), eq.results))
+    operands = dict(outside)
+    for part in parts:
+        for v in part.outputs:
+            if _cone(part, v, operands) is None:  # a product that is kept
+                operands[v] = made[v]
+    found: dict[tuple, Equation] = {}
     for part in parts:
         for v in part.outputs if len(part.outputs) > 1 else ():
-            cone = _cone(part, v, outside)
-            if cone is not None and len(cone.equations) < len(part.equations):
-                op = Fused([cone], f"computed again from {', '.join(outside[x].name for x in cone.inputs)}")
-                args = tuple(outside[x] for x in cone.inputs)
-                found.append(Equation(op, args, {}, (outside[v],), eq.source, eq.origin))
-    return found
+            for known in (outside | made, operands):
+                cone = _cone(part, v, known)
+                if cone is not None and len(cone.equations) < len(part.equations):
+                    args = tuple(known[x] for x in cone.inputs)
+                    op = Fused([cone], f"computed again from {', '.join(x.name for x in args)}")
+                    found.setdefault((made[v], args), Equation(op, args, {}, (made[v],), eq.source, eq.origin))
+    return list(found.values())
 
 
 def _cone(part: Graph, v: Value, outside: dict[Value, Value]) -> Graph | None:
