@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -27,24 +30,46 @@ class Buffer:
 def assign_offsets(buffers: list[Buffer]) -> int:
     """Give every buffer an offset such that no two that live at once overlap; return the arena's size in bytes.
 
-    Largest first, each at the lowest offset where it fits ("greedy by size", Pisarchyk & Lee 2020,
-    https://arxiv.org/abs/2001.03288).
+    Largest first, those in use longest first among equals, each at the lowest offset where it fits ("greedy by size", Pisarchyk &
+    Lee 2020, https://arxiv.org/abs/2001.03288). Where more is taken so than is ever in use at once: as they come into use,
+    each in the smallest gap that it fits into, if that takes less.
     """
-    order = sorted((b for b in buffers if b.nbytes), key=lambda b: -b.nbytes)
+    size, offsets = _place(sorted(buffers, key=lambda b: (-b.nbytes, -b.last)), tight=False)
+    if size > _most_in_use(buffers):
+        size, offsets = min((size, offsets), _place(sorted(buffers, key=lambda b: (b.first, -b.nbytes)), tight=True), key=itemgetter(0))
+    for buffer in buffers:
+        buffer.offset = offsets[buffer]
+    return size
+
+
+def _place(order: list[Buffer], tight: bool) -> tuple[int, dict[Buffer, int]]:
+    """The arena's size and the offsets where each has, in this order, the lowest that it fits at; or, if `tight`, that of the smallest
+    gap, or above all others."""
     first, last, start, end = (np.zeros(len(order), dtype=np.int64) for _ in range(4))
     for n, buffer in enumerate(order):
-        rivals = np.nonzero((first[:n] <= buffer.last) & (last[:n] >= buffer.first))[0]
-        size = -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
-        offset = 0
-        for i in rivals[np.argsort(start[rivals], kind="stable")]:
-            if offset + size <= start[i]:
-                break
-            offset = max(offset, int(end[i]))
-        buffer.offset = offset
+        rivals = (first[:n] <= buffer.last) & (last[:n] >= buffer.first) & (start[:n] < end[:n])
+        starts, ends, size = start[:n][rivals], end[:n][rivals], _aligned(buffer.nbytes)
+        by_place = starts.argsort(kind="stable")
+        free, best, smallest = 0, None, math.inf
+        for begin, finish in zip(starts[by_place].tolist(), ends[by_place].tolist()):
+            if size <= begin - free < smallest:
+                best, smallest = free, begin - free
+                if not tight:
+                    break
+            free = max(free, finish)
+        offset = free if best is None else best
         first[n], last[n], start[n], end[n] = buffer.first, buffer.last, offset, offset + size
-    for buffer in buffers:
-        buffer.offset = max(buffer.offset, 0)
-    return int(end.max(initial=0))
+    return int(end.max(initial=0)), dict(zip(order, start.tolist()))
+
+
+def _most_in_use(buffers: list[Buffer]) -> int:
+    """At one time: no arena can be smaller."""
+    changes = sorted([(b.first, _aligned(b.nbytes)) for b in buffers] + [(b.last + 1, -_aligned(b.nbytes)) for b in buffers])
+    return max(accumulate(change for _, change in changes), default=0)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Arena:

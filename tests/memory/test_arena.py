@@ -26,3 +26,8 @@ def test_live_buffers_do_not_overlap(buffers):
 def test_memory_is_reused():
     chain = [Buffer(1000, i, i + 1) for i in range(100)]
     assert assign_offsets(chain) == 2 * 1024
+
+
+def test_where_the_largest_first_waste_memory_another_order_is_taken():
+    buffers = [Buffer(n * ALIGNMENT, first, last) for n, first, last in [(5, 3, 6), (3, 2, 2), (4, 0, 3), (4, 0, 2)]]
+    assert assign_offsets(buffers) == 11 * ALIGNMENT, "as much as is in use at equation 2; largest first it would be 12"
