@@ -1,6 +1,5 @@
 """Buckets: few compiled forms for all lengths, the results of the plain function, and refusal where padding changes them."""
 
-import sys
 import warnings
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import neuralforge as nf
+from neuralforge.compiler import jitted as jit_module
 from neuralforge.errors import CaptureError
 
-jit_module = sys.modules[nf.jit.__module__]
 T = (8, 16)
 
 

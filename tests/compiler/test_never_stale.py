@@ -1,6 +1,5 @@
 """A jitted function is captured again whenever what was captured may not hold, and only then; lengths share kernels."""
 
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 
 import neuralforge as nf
+from neuralforge.compiler import jitted as jit_module
 from neuralforge.compiler.products import candidates
 from neuralforge.errors import CaptureError
 from neuralforge.kernels import choices, toolchain
 from neuralforge.models import ModelConfig, build, next_token_loss
-
-jit_module = sys.modules[nf.jit.__module__]
 
 
 @pytest.fixture
