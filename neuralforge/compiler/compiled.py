@@ -25,6 +25,7 @@ from .products.candidates import choose_products
 from .products.column_sums import join_column_sums
 from .products.epilogue import join_epilogues
 from .products.prologue import groups_for_prologues, join_prologues
+from .storage import copied, extent
 
 
 class Compiled:
@@ -77,7 +78,7 @@ class Compiled:
         if any(map(torch.Tensor.is_neg, tensors)) or self._complex and any(map(torch.Tensor.is_conj, tensors)):
             # Kernels read memory, where such a view isn't negated or conjugated yet.
             pending = [t.is_neg() or t.is_conj() for t in tensors]
-            given = [_copied(t) if p else t for t, p in zip(tensors, pending)]
+            given = [copied(t) if p else t for t, p in zip(tensors, pending)]
         if self.writes or self.closed:
             check_apart(tensors, self.writes, self.closed)
         if self.donated:
@@ -86,7 +87,7 @@ class Compiled:
                 if _overlapping(tensors, self.donated):
                     given = list(given)
                     for i in self.donated:
-                        given[i] = _copied(given[i])
+                        given[i] = copied(given[i])
                 else:
                     self._apart = at
         flat = self.program(*given)
@@ -124,12 +125,6 @@ def _rebuilding(tree: TreeSpec) -> Callable[[Iterator[Any]], Any]:
     return lambda leaves: tree.unflatten(list(islice(leaves, tree.num_leaves)))
 
 
-def _copied(t: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, also where elements share memory."""
-    memory = t.as_strided((_extent(t),), (1,)).clone()
-    return memory.as_strided(t.shape, t.stride(), 0)
-
-
 def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
     """Does a donated tensor share its memory with another argument?"""
     seen = [t.untyped_storage().data_ptr() for t in tensors]
@@ -148,7 +143,7 @@ def check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[tor
                 f"{user_line()}: the function writes in place to a tensor of shape {tuple(t.shape)} of which several elements are one "
                 f"place in memory (an expanded one, of strides {t.stride()}). Pass a clone."
             )
-    ends = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in (*tensors, *closed)]
+    ends = [(t.data_ptr(), t.data_ptr() + extent(t.shape, t.stride()) * t.element_size()) for t in (*tensors, *closed)]
     for i in (*writes, *range(len(tensors), len(ends))):
         for j, (begin, end) in enumerate(ends):
             if i != j and begin < ends[i][1] and ends[i][0] < end:
@@ -158,8 +153,3 @@ def check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[tor
                     f"another one, of shape {tuple((*tensors, *closed)[j].shape)}, shares. Pass a clone of one of them, or return the new "
                     f"value instead of writing it."
                 )
-
-
-def _extent(t: torch.Tensor) -> int:
-    """Elements from the first to the last."""
-    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0

@@ -17,7 +17,7 @@ from ..memory import Arena, keep_pages
 from .kernels import Kernel
 from .planning.plan import Plan, empty_like, plan_memory
 from .space import memory_order
-from .storage import is_view
+from .storage import copied, is_view
 
 
 class Program:
@@ -191,7 +191,7 @@ class _Writer:
         if not isinstance(v, Value) or v not in self.static:
             return self._name(v)
         # Backward programs are compiled for its strides, which clones of dense tensors keep.
-        return f"{self._name(v)}.clone()" if memory_order(v) is not None else f"{self._name(_copy)}({self._name(v)})"
+        return f"{self._name(v)}.clone()" if memory_order(v) is not None else f"{self._name(copied)}({self._name(v)})"
 
     def _call(self, eq: Equation) -> str:
         arguments = [self._expr(a) for a in eq.args] + [f"{k}={self._expr(v)}" for k, v in eq.kwargs.items()]
@@ -233,12 +233,6 @@ def _laid_out(name: str, t: torch.Tensor, shape: tuple[int, ...], strides: tuple
     if t.numel() == 0 or all([n < 2 or a == b for n, a, b in zip(shape, t.stride(), strides)]):
         return t
     return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t)
-
-
-def _copy(x: torch.Tensor) -> torch.Tensor:
-    """With the same strides, whatever lies between or stands for several."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
-    return x.as_strided((extent,), (1,)).clone().as_strided(x.shape, x.stride())
 
 
 def _resolve(args: tuple, static: dict[Value, torch.Tensor]) -> tuple:

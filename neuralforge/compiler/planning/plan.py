@@ -24,7 +24,7 @@ from ...graph.operators import operator_traits
 from ...memory import Buffer, assign_offsets
 from ..kernels import Kernel
 from ..space import dimension
-from ..storage import root_of, view_roots
+from ..storage import extent, root_of, view_roots
 
 
 @dataclass
@@ -205,9 +205,7 @@ def _alike(a: Value, b: Value) -> bool:
 
 def _extent(v: Value) -> int:
     """Bytes from the first element to the last."""
-    if v.fake.numel() == 0:
-        return 0
-    return (1 + sum((n - 1) * s for n, s in zip(tuple(v.shape), v.strides))) * v.fake.element_size()
+    return extent(v.shape, v.strides) * v.fake.element_size()
 
 
 def _profile(spans: list[tuple[int, int, int]], end: int) -> list[int]:
