@@ -58,19 +58,12 @@ def std(y, x, dim=None, *, correction=None, keepdim=False):
 
 @definition("std_mean.correction")
 def std_mean(x, dim=None, *, correction=None, keepdim=False):
-    return aten.std.correction(x, dim, correction=correction, keepdim=keepdim), _mean(x, dim, keepdim)
+    return aten.std.correction(x, dim, correction=correction, keepdim=keepdim), aten.mean.dim(x, dim, keepdim)
 
 
 @definition("var_mean.correction")
 def var_mean(x, dim=None, *, correction=None, keepdim=False):
-    return aten.var.correction(x, dim, correction=correction, keepdim=keepdim), _mean(x, dim, keepdim)
-
-
-def _mean(x, dim, keepdim):
-    if dim is None or dim == []:
-        mean = x.mean()
-        return mean.reshape([1] * x.dim()) if keepdim else mean
-    return x.mean(dim, keepdim=keepdim)
+    return aten.var.correction(x, dim, correction=correction, keepdim=keepdim), aten.mean.dim(x, dim, keepdim)
 
 
 def _sum(x, dim, keepdim):
