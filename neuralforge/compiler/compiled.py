@@ -136,13 +136,7 @@ def _overlapping(tensors: list[torch.Tensor], donated: list[int]) -> bool:
 
 def check_apart(tensors: list[torch.Tensor], writes: list[int], closed: list[torch.Tensor]) -> None:
     """Raises CaptureError if one of the arguments that are written, or of the tensors that the function closes over and writes to, shares
-    its memory with an argument, which would then see the write at once in eager code, and not in a graph; or if elements of it do."""
-    for t in (*(tensors[i] for i in writes), *closed):
-        if torch._debug_has_internal_overlap(t) == 1:
-            raise CaptureError(
-                f"{user_line()}: the function writes in place to a tensor of shape {tuple(t.shape)} of which several elements are one "
-                f"place in memory (an expanded one, of strides {t.stride()}). Pass a clone."
-            )
+    its memory with an argument, which would then see the write at once in eager code, and not in a graph."""
     ends = [(t.data_ptr(), t.data_ptr() + extent(t.shape, t.stride()) * t.element_size()) for t in (*tensors, *closed)]
     for i in (*writes, *range(len(tensors), len(ends))):
         for j, (begin, end) in enumerate(ends):

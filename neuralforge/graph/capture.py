@@ -220,6 +220,11 @@ class Capture(Tracer):
                 f"{x.dtype} that the function closes over. The write would be lost after the first call: pass the "
                 f"tensor as an argument and return its new value."
             )
+        if self.writes and any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride())):
+            raise CaptureError(
+                f"{user_line()}: the function writes in place to a tensor of shape {tuple(x.shape)} of which several elements are one "
+                f"place in memory (an expanded one, of strides {x.stride()}). Pass a clone."
+            )
 
     def check_seeds(self) -> None:
         """Raises CaptureError if the function has seeded torch's generator of random numbers so far."""
